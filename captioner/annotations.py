@@ -1,0 +1,327 @@
+"""Captions files: COCO JSON, Karpathy split JSON and Flickr-style CSV, read into one form.
+
+This module knows nothing of torch, so that scoring can read references without it.
+"""
+
+import contextlib
+import csv
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pycocotools.coco import COCO
+
+from captioner.errors import DataError, did_you_mean, name_some
+
+ImageId = int | str
+
+IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename")
+CAPTION_COLUMNS = ("caption", "comment", "captions")
+
+
+@dataclass
+class AnnotatedImage:
+    """One image and its captions.
+
+    Attributes:
+        image_id: Its id, an integer or a string.
+        file_name: Its path below the images folder; None where the file gives only an id.
+        captions: Its captions, stripped of white space at both ends, none of them empty.
+    """
+
+    image_id: ImageId
+    file_name: str | None
+    captions: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Annotations:
+    """What a captions file says.
+
+    Attributes:
+        path: The file.
+        images: Its images in the file's order (those of the split that was asked for).
+        notes: What was found wrong but could be left out, one line each, with counts and ids.
+    """
+
+    path: Path
+    images: list[AnnotatedImage]
+    notes: list[str]
+
+
+def read_annotations(path: str | Path, split: str | None = None) -> Annotations:
+    """Read a captions file in whichever of the known formats it is.
+
+    Args:
+        path: COCO captions JSON, Karpathy split JSON, ``image,caption`` CSV (also ``|`` or tab
+            between the columns), or Flickr's ``name.jpg#0<tab>caption`` lines.
+        split: Which images to take: a split name as in the Karpathy file or the CSV's ``split``
+            column (several joined by ``+``: ``train+restval``), or a text file that lists image
+            file names, one a line. None takes all.
+
+    Raises:
+        DataError: The file is missing, malformed or inconsistent; the message names the file,
+            the first few ids and their count.
+    """
+    path = Path(path)
+    split_file = split if split and Path(split).is_file() else None
+    split_name = None if split_file else split
+    if path.suffix.lower() != ".json":
+        annotations = _from_csv(path, split_name)
+    else:
+        content = read_json(path)
+        if _is_karpathy(content):
+            annotations = _from_karpathy(path, content, split_name)
+        else:
+            annotations = _from_coco(path, content, split_name)
+    if split_file:
+        _keep_listed(annotations, split_file)
+    return annotations
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: It is missing, not UTF-8 or not JSON; the message names line and column.
+    """
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
+            "is the file complete?"
+        ) from None
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: this is a folder, a file was expected") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})") from None
+
+
+# --- COCO -----------------------------------------------------------------------------------
+
+
+def _from_coco(path: Path, content: Any, split: str | None) -> Annotations:
+    if not isinstance(content, dict) or "annotations" not in content or "images" not in content:
+        keys = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        raise DataError(
+            f"{path}: neither COCO captions ('images' and 'annotations') nor a Karpathy split "
+            f"('images' with 'sentences'); found {keys or 'nothing'}"
+        )
+    if split:
+        raise DataError(
+            f"{path}: split '{split}' was asked for, but COCO captions have no splits; give a "
+            "text file that lists the images, or leave the split out"
+        )
+    images = _entries(path, content, "images", needed={"id": (int, str)})
+    captions = _entries(
+        path, content, "annotations", needed={"image_id": (int, str), "caption": (str,)}
+    )
+    twice = [key for key, count in Counter(image["id"] for image in images).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: {len(twice)} image ids are listed twice ({name_some(twice)})")
+
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    strangers = {entry["image_id"] for entry in captions if entry["image_id"] not in coco.imgs}
+    if strangers:
+        raise DataError(
+            f"{path}: captions name {len(strangers)} image ids that 'images' doesn't list "
+            f"({name_some(sorted(strangers, key=str))})"
+        )
+    found = []
+    empty: list[object] = []
+    for image_id, entry in coco.imgs.items():
+        image = AnnotatedImage(image_id, entry.get("file_name"))
+        for annotation in coco.imgToAnns.get(image_id, []):
+            _add_caption(image, annotation["caption"], annotation.get("id", image_id), empty)
+        found.append(image)
+    return Annotations(path, found, _notes(path, found, empty))
+
+
+def _entries(
+    path: Path, content: dict[str, Any], name: str, needed: dict[str, tuple[type, ...]]
+) -> list[dict[str, Any]]:
+    """Return ``content[name]`` after checking that it lists objects with the needed fields."""
+    entries = content[name]
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: '{name}' must be a list, found {type(entries).__name__}")
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}: {name}[{position}] must be an object, found {entry!r}")
+        for key, kinds in needed.items():
+            value = entry.get(key)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                expected = " or ".join("text" if kind is str else "integer" for kind in kinds)
+                raise DataError(
+                    f"{path}: {name}[{position}] (id {entry.get('id')}): '{key}' must be "
+                    f"{expected}, found {value!r}"
+                )
+    return entries
+
+
+# --- Karpathy -------------------------------------------------------------------------------
+
+
+def _is_karpathy(content: Any) -> bool:
+    images = content.get("images") if isinstance(content, dict) else None
+    return bool(
+        isinstance(images, list)
+        and images
+        and "annotations" not in content
+        and isinstance(images[0], dict)
+        and "sentences" in images[0]
+    )
+
+
+def _from_karpathy(path: Path, content: dict[str, Any], split: str | None) -> Annotations:
+    """Read a split file of Karpathy & Fei-Fei (2015); the id is ``cocoid`` where there is one."""
+    entries = _entries(path, content, "images", needed={"filename": (str,), "split": (str,)})
+    wanted = _wanted_splits(path, split, {entry["split"] for entry in entries})
+    found: list[AnnotatedImage] = []
+    empty: list[object] = []
+    for position, entry in enumerate(entries):
+        if wanted is not None and entry["split"] not in wanted:
+            continue
+        image_id = entry.get("cocoid", entry.get("imgid", entry["filename"]))
+        image = AnnotatedImage(image_id, str(Path(entry.get("filepath", "")) / entry["filename"]))
+        for sentence in entry.get("sentences", []):
+            if not isinstance(sentence, dict) or not isinstance(sentence.get("raw"), str):
+                raise DataError(
+                    f"{path}: images[{position}] (id {image_id}): a sentence lacks 'raw'"
+                )
+            _add_caption(image, sentence["raw"], sentence.get("sentid", image_id), empty)
+        found.append(image)
+    return Annotations(path, found, _notes(path, found, empty))
+
+
+def _wanted_splits(path: Path, split: str | None, known: set[str]) -> set[str] | None:
+    if split is None:
+        return None
+    wanted = set(split.split("+"))
+    for name in sorted(wanted - known):
+        raise DataError(
+            f"{path}: no image has split '{name}'{did_you_mean(name, known)} "
+            f"(there are {', '.join(sorted(known))})"
+        )
+    return wanted
+
+
+# --- CSV ------------------------------------------------------------------------------------
+
+
+def _from_csv(path: Path, split: str | None) -> Annotations:
+    text = _read_text(path)
+    header = text.split("\n", 1)[0]
+    if "#" in header and "\t" in header and header.split("\t")[0].rpartition("#")[2].isdigit():
+        rows = _flickr_token_rows(path, text)
+    else:
+        rows = _csv_rows(path, text)
+    if split:
+        known = {row["split"] for row in rows if "split" in row}
+        if not known:
+            raise DataError(
+                f"{path}: split '{split}' was asked for, but the file has no 'split' column; "
+                "give a text file that lists the images instead"
+            )
+        wanted = _wanted_splits(path, split, known) or set()
+        rows = [row for row in rows if row["split"] in wanted]
+    images: dict[str, AnnotatedImage] = {}
+    empty: list[object] = []
+    for row in rows:
+        image = images.setdefault(row["image"], AnnotatedImage(row["image"], row["image"]))
+        _add_caption(image, row["caption"], row["image"], empty)
+    found = list(images.values())
+    return Annotations(path, found, _notes(path, found, empty))
+
+
+def _csv_rows(path: Path, text: str) -> list[dict[str, str]]:
+    header = text.split("\n", 1)[0].strip()
+    delimiter = max(",|\t;", key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    try:
+        lines = [(reader.line_num, cells) for cells in reader if any(cells)]
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: not valid CSV ({error})") from None
+    names = [name.strip().lower() for name in lines[0][1]] if lines else []
+    image_column = next((names.index(name) for name in IMAGE_COLUMNS if name in names), None)
+    caption_column = next((names.index(name) for name in CAPTION_COLUMNS if name in names), None)
+    if image_column is None or caption_column is None:
+        raise DataError(
+            f"{path}: line 1 must name the columns, such as 'image,caption'; found {header[:80]!r}"
+        )
+    split_column = names.index("split") if "split" in names else None
+    rows = []
+    for number, cells in lines[1:]:
+        if len(cells) != len(names) or not cells[image_column].strip():
+            raise DataError(
+                f"{path}: line {number}: {len(names)} columns were expected "
+                f"({delimiter.join(names)}), found {len(cells)}; a caption with '{delimiter}' in "
+                "it must stand in double quotes"
+            )
+        row = {"image": cells[image_column].strip(), "caption": cells[caption_column]}
+        if split_column is not None:
+            row["split"] = cells[split_column].strip()
+        rows.append(row)
+    return rows
+
+
+def _flickr_token_rows(path: Path, text: str) -> list[dict[str, str]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        name, tab, caption = line.partition("\t")
+        if line.strip() and not (tab and "#" in name):
+            raise DataError(f"{path}: line {number}: 'name.jpg#0<tab>caption' was expected")
+        if line.strip():
+            rows.append({"image": name.rpartition("#")[0], "caption": caption})
+    return rows
+
+
+# --- shared ---------------------------------------------------------------------------------
+
+
+def _add_caption(
+    image: AnnotatedImage, caption: str, caption_id: object, empty: list[object]
+) -> None:
+    if caption.strip():
+        image.captions.append(caption.strip())
+    else:
+        empty.append(caption_id)
+
+
+def _notes(path: Path, images: list[AnnotatedImage], empty: list[object]) -> list[str]:
+    notes = []
+    if empty:
+        notes.append(f"{path}: {len(empty)} empty captions left out (ids {name_some(empty)})")
+    bare = [image.image_id for image in images if not image.captions]
+    if bare:
+        notes.append(f"{path}: {len(bare)} images have no caption (ids {name_some(bare)})")
+    return notes
+
+
+def _keep_listed(annotations: Annotations, split_file: str) -> None:
+    """Keep the images whose file names a text file lists, one a line."""
+    lines = _read_text(split_file).splitlines()
+    listed = {line.strip() for line in lines if line.strip()}
+    kept = [image for image in annotations.images if image.file_name in listed]
+    strangers = listed - {image.file_name for image in kept}
+    if strangers:
+        raise DataError(
+            f"{split_file}: {len(strangers)} listed images are not in {annotations.path} "
+            f"({name_some(sorted(strangers))})"
+        )
+    annotations.images = kept

@@ -1,0 +1,40 @@
+"""What every command of the project shares: how it ends, and how it shows its options."""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from captioner.errors import CaptionerError
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each option's default and keeps the description's own line breaks."""
+
+
+def command(main: Main) -> Main:
+    """Turn a ``main(argv) -> exit code`` into one that ends as users expect.
+
+    A ``CaptionerError`` becomes one line on standard error and its exit code (1; 2 for a usage
+    error); Ctrl-C becomes exit code 130; a closed pipe ends quietly; a bug keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except CaptionerError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # Python flushes standard output once more at exit: give it somewhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+
+    return run

@@ -1,0 +1,35 @@
+"""The commands: ``captioner train|caption|evaluate|…``; each is also a file in ``tools/``."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from captioner import __version__
+from captioner.cli import command
+from captioner.errors import UsageError, did_you_mean
+
+COMMANDS = {
+    "train": "train a captioner from an experiment file",
+    "caption": "caption a folder of images",
+    "evaluate": "score captions against references",
+    "shapes": "draw the data set of rendered scenes",
+    "download": "fetch COCO images, captions and the Karpathy split",
+}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one of the commands; every command has its own ``--help``."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: captioner COMMAND [options]    (captioner COMMAND --help tells more)\n")
+        print("\n".join(f"  {name:10} {purpose}" for name, purpose in COMMANDS.items()))
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"captioner {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        hint = did_you_mean(words[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        raise UsageError(f"captioner: no command '{words[0]}'{hint}")
+    chosen = importlib.import_module(f"captioner.commands.{words[0]}")
+    return chosen.main(words[1:])
