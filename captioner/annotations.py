@@ -89,7 +89,7 @@ def read_json(path: str | Path) -> Any:
         DataError: It is missing, not UTF-8 or not JSON; the message names line and column.
     """
     try:
-        return json.loads(_read_text(path))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
@@ -97,7 +97,8 @@ def read_json(path: str | Path) -> Any:
         ) from None
 
 
-def _read_text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """Return a UTF-8 file's text, or raise a ``DataError`` that says why it can't be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -225,7 +226,7 @@ def _wanted_splits(path: Path, split: str | None, known: set[str]) -> set[str] |
 
 
 def _from_csv(path: Path, split: str | None) -> Annotations:
-    text = _read_text(path)
+    text = read_text(path)
     header = text.split("\n", 1)[0]
     if "#" in header and "\t" in header and header.split("\t")[0].rpartition("#")[2].isdigit():
         rows = _flickr_token_rows(path, text)
@@ -315,7 +316,7 @@ def _notes(path: Path, images: list[AnnotatedImage], empty: list[object]) -> lis
 
 def _keep_listed(annotations: Annotations, split_file: str) -> None:
     """Keep the images whose file names a text file lists, one a line."""
-    lines = _read_text(split_file).splitlines()
+    lines = read_text(split_file).splitlines()
     listed = {line.strip() for line in lines if line.strip()}
     kept = [image for image in annotations.images if image.file_name in listed]
     strangers = listed - {image.file_name for image in kept}
