@@ -100,7 +100,7 @@ def read_json(path: str | Path) -> Any:
 def read_text(path: str | Path) -> str:
     """Return a UTF-8 file's text, or raise a ``DataError`` that says why it can't be read."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")  # line ends untouched
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except IsADirectoryError:
