@@ -1,0 +1,372 @@
+"""An experiment: one small TOML file, checked when it is read, saved whole with every run."""
+
+import dataclasses
+import json
+import math
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from captioner.errors import ConfigError, UsageError, did_you_mean
+
+T = TypeVar("T")
+
+Cell = Literal["lstm", "gru", "rnn_tanh", "rnn_relu"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images and captions are. Paths below ``root``, itself below the working folder.
+
+    Attributes:
+        root: Folder that the other paths start from.
+        train_annotations, val_annotations: Captions files (COCO, Karpathy or CSV).
+        train_images, val_images: Folders that the annotations' file names start from.
+        train_split, val_split: Split names (Karpathy, CSV) or files that list images; "" takes all.
+        min_word_count: A word seen less often in the training captions becomes UNK.
+        max_words: Longer training captions are cut to this many words.
+        bad_images: What an image that is missing or can't be decoded does: "error" or "skip".
+        cache_dir: Feature cache; "" is the user's cache folder.
+        workers: Processes that decode images; -1 takes one a core, 16 at most.
+    """
+
+    train_annotations: str
+    val_annotations: str
+    train_images: str
+    val_images: str
+    root: str = "."
+    train_split: str = ""
+    val_split: str = ""
+    min_word_count: int = 5
+    max_words: int = 40
+    bad_images: Literal["error", "skip"] = "error"
+    cache_dir: str = ""
+    workers: int = -1
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        _at_least(self, min_word_count=1, max_words=1, workers=-1)
+
+    def path(self, name: str) -> Path:
+        """Return the path in the field ``name``, with ``root`` before it."""
+        return Path(self.root).expanduser() / Path(getattr(self, name)).expanduser()
+
+
+@dataclass(frozen=True)
+class PreprocessingConfig:
+    """What differs from the preprocessing that belongs to the CNN's weights; 0 keeps theirs.
+
+    Attributes:
+        resize: "crop" scales the shorter side to ``resize_size`` and cuts out the centre, as for
+            ImageNet; "squash" scales the whole image to the square, so that nothing is cut off.
+        image_size: Side of the square that the CNN sees, in pixels.
+        resize_size: Length of the shorter side before the cut, in pixels ("crop" alone).
+        interpolation: "bilinear" or "bicubic"; "" keeps the weights' own.
+        mean, std: What is subtracted from, and divides, red, green and blue (0 to 1).
+    """
+
+    resize: Literal["crop", "squash"] = "crop"
+    image_size: int = 0
+    resize_size: int = 0
+    interpolation: Literal["", "bilinear", "bicubic"] = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        _at_least(self, image_size=0, resize_size=0)
+        if self.image_size and self.resize_size and self.resize_size < self.image_size:
+            raise ConfigError(
+                f"preprocessing.resize_size ({self.resize_size}) must be at least "
+                f"preprocessing.image_size ({self.image_size})"
+            )
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (0, 3):
+                raise _refusal(self, name, "three numbers (red, green, blue)")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The CNN.
+
+    Attributes:
+        name: A torchvision classification CNN by its torchvision name.
+        weights: A torchvision weights name ("DEFAULT", "IMAGENET1K_V1", …), the path of a
+            state_dict file, or "none" for random weights.
+        fine_tune_from: The first stage that is trained ("layer3", "features.14"); "" freezes all.
+            "all" trains the whole CNN.
+        learning_rate: Peak learning rate of the trained stages.
+    """
+
+    name: str = "resnet50"
+    weights: str = "DEFAULT"
+    fine_tune_from: str = ""
+    learning_rate: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        _positive(self, "learning_rate")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The recurrent decoder.
+
+    Attributes:
+        kind: "show_and_tell" (Vinyals et al. 2015) or "show_attend_tell" (Xu et al. 2015).
+        cell: The recurrent cell.
+        layers: Recurrent layers on top of each other.
+        embedding_size: Width of a word vector.
+        hidden_size: Width of the recurrent state.
+        attention_size: Width in which attention scores are computed (show_attend_tell).
+        feature_size: Width to which region features are projected once per image
+            (show_attend_tell); 0 keeps the CNN's own width, as in the paper.
+        dropout: Share of units dropped before, between and after the recurrent layers.
+        attention_regularisation: Weight of the doubly stochastic term (Xu et al. 2015, eq. 14).
+    """
+
+    kind: Literal["show_and_tell", "show_attend_tell"] = "show_attend_tell"
+    cell: Cell = "lstm"
+    layers: int = 1
+    embedding_size: int = 512
+    hidden_size: int = 512
+    attention_size: int = 512
+    feature_size: int = 0
+    dropout: float = 0.5
+    attention_regularisation: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        _at_least(self, layers=1, embedding_size=1, hidden_size=1, attention_size=1)
+        _at_least(self, feature_size=0, attention_regularisation=0.0)
+        _share(self, "dropout")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The training run.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images in a batch.
+        captions_per_image: Captions of each image in a batch, drawn anew each epoch where an
+            image has more.
+        learning_rate: Peak learning rate of the decoder.
+        weight_decay: AdamW's decoupled weight decay.
+        warmup_steps: Optimiser steps over which the learning rate rises from 0.
+        schedule: How it falls afterwards: "cosine" or "linear" to 0, or "constant".
+        gradient_clip: Largest norm of the whole gradient; 0 doesn't clip.
+        accumulation_steps: Batches whose gradients make one optimiser step.
+        label_smoothing: Probability mass spread over the other words.
+        precision: "auto" is bfloat16 where the device computes in it, else float32.
+        device: "auto" is CUDA, else MPS, else CPU.
+        seed: Seed of weights, batches and dropout.
+        patience: Epochs without a better score before training stops; 0 never stops early.
+        log_every: Optimiser steps between log lines.
+        checkpoint_every: Optimiser steps between writes of ``last`` within an epoch; 0 writes at
+            the end of each epoch alone.
+    """
+
+    epochs: int = 20
+    batch_size: int = 64
+    captions_per_image: int = 5
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 200
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    gradient_clip: float = 5.0
+    accumulation_steps: int = 1
+    label_smoothing: float = 0.1
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    patience: int = 5
+    log_every: int = 20
+    checkpoint_every: int = 1000
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        _at_least(self, epochs=1, batch_size=1, captions_per_image=1, accumulation_steps=1)
+        _at_least(self, weight_decay=0.0, warmup_steps=0, gradient_clip=0.0, patience=0, seed=0)
+        _at_least(self, log_every=1, checkpoint_every=0)
+        _positive(self, "learning_rate")
+        _share(self, "label_smoothing")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How captions are found when none are given.
+
+    Attributes:
+        beam_size: Hypotheses kept; 1 is greedy search.
+        max_length: Most words in a caption.
+        length_penalty: Finished hypotheses are ranked by log-probability / length ** this; 0 is
+            the plain log-probability, 1 its mean over the words.
+    """
+
+    beam_size: int = 5
+    max_length: int = 20
+    length_penalty: float = 0.7
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        _at_least(self, beam_size=1, max_length=1, length_penalty=0.0)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation after each epoch: captions are decoded freely and scored.
+
+    Attributes:
+        metric: The score that picks the best checkpoint and stops early.
+        batch_size: Images decoded at a time.
+        max_images: Validate on the first so many images; 0 takes all.
+    """
+
+    metric: Literal["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"] = "BLEU-4"
+    batch_size: int = 100
+    max_images: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        _at_least(self, batch_size=1, max_images=0)
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Tracking in Weights & Biases.
+
+    Attributes:
+        mode: "auto" is online when logged in, else offline.
+        project, entity, name: As W&B shows them; "" leaves the choice to W&B.
+        sample_images: Validation images shown with their captions at each validation.
+        log_checkpoint: Keep the best checkpoint as an artifact.
+    """
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "captioner"
+    entity: str = ""
+    name: str = ""
+    tags: tuple[str, ...] = ()
+    sample_images: int = 8
+    log_checkpoint: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        _at_least(self, sample_images=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    data: DataConfig
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as nested dicts of plain values, as JSON and W&B take it."""
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read an experiment file and apply overrides such as ``training.epochs=3``.
+
+    Raises:
+        ConfigError: The file is missing or not TOML; a key is unknown (the nearest right one is
+            named) or a value has the wrong type or is impossible.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(content, override)
+    return parse(Config, content, str(path))
+
+
+def parse(kind: type[T], content: Mapping[str, Any], source: str) -> T:
+    """Make a config dataclass of nested dicts, refusing unknown keys and wrong types.
+
+    Raises:
+        ConfigError: Names ``source``, the key, and what was expected.
+    """
+    _refuse_unknown_keys(kind, content, source)
+    try:
+        # JSON is the form in which pydantic is strict (no "3" for 3) and still reads lists.
+        return TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=True)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        found = "" if first["type"] == "missing" else f", found {first['input']!r}"
+        raise ConfigError(f"{source}: {key}: {first['msg'].lower()}{found}") from None
+
+
+def _refuse_unknown_keys(kind: Any, content: Any, source: str, prefix: str = "") -> None:
+    if not dataclasses.is_dataclass(kind) or not isinstance(content, Mapping):
+        return
+    kinds = typing.get_type_hints(kind)
+    known = [prefix + name for name in kinds]
+    for name, value in content.items():
+        if name not in kinds:
+            hint = did_you_mean(prefix + name, known) or f"; known are {', '.join(known)}"
+            raise ConfigError(f"{source}: unknown key '{prefix}{name}'{hint}")
+        _refuse_unknown_keys(kinds[name], value, source, f"{prefix}{name}.")
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in ``content``; the value is read as TOML, else as text."""
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().lstrip("-").split(".")
+    if not equals or not sections:
+        raise UsageError(f"override '{override}': 'section.key=value' was expected")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"override '{override}': '{section}' is no section")
+    content[name] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    text = {"True": "true", "False": "false"}.get(text, text)
+    try:
+        value = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return value["value"] if len(value) == 1 else text
+
+
+def _at_least(config: Any, **bounds: float) -> None:
+    for name, bound in bounds.items():
+        if not getattr(config, name) >= bound:
+            raise _refusal(config, name, f"at least {bound}")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise _refusal(config, name, "a number above 0")
+
+
+def _share(config: Any, name: str) -> None:
+    if not 0 <= getattr(config, name) < 1:
+        raise _refusal(config, name, "at least 0 and below 1")
+
+
+def _refusal(config: Any, name: str, expected: str) -> ConfigError:
+    section = type(config).__name__.removesuffix("Config").lower()
+    return ConfigError(f"{section}.{name}: {expected} was expected, found {getattr(config, name)}")

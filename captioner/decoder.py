@@ -1,0 +1,287 @@
+"""The recurrent decoders: Show and Tell, and Show, Attend and Tell.
+
+Shape letters: B images, K captions of each (in training) or beams (in search), N regions,
+D width of the features, T tokens, E width of a word vector, H of the recurrent state, A of the
+attention, V vocabulary.
+
+Captions and beams lie in the same place, (B, K), so that what belongs to the image alone stays
+(B, …): computed once per image, and never copied for its captions or beams.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from captioner.config import DecoderConfig
+from captioner.recurrent import StepCells, sequence_module, states_of
+from captioner.vocabulary import PAD
+
+# What belongs to images, tensors of (B, …), and what belongs to hypotheses, tensors of (B, K, …).
+Memory = tuple[Tensor, ...]
+State = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class TeacherForced:
+    """What a decoder says when it is fed the true captions.
+
+    Attributes:
+        logits: One row for each true next token, PAD left out: (tokens, V).
+        targets: Those tokens: (tokens,).
+        attention: Attention summed over the steps of each caption, (captions, N); None without
+            attention.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    attention: Tensor | None = None
+
+
+class Decoder(nn.Module, ABC):
+    """What both decoders share. ``step`` and ``teacher_forcing`` compute the same function.
+
+    Args:
+        config: The decoder's settings.
+        vocabulary_size: V.
+        feature_width: D.
+
+    Attributes:
+        pooled: Whether it takes the mean of the grid, (B, 1, D), in place of the grid (B, N, D).
+    """
+
+    pooled = False
+
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocabulary_size, config.embedding_size, padding_idx=PAD)
+        nn.init.uniform_(self.embedding.weight[PAD + 1 :], -0.1, 0.1)
+        self.dropout = nn.Dropout(config.dropout)
+
+    @abstractmethod
+    def start(self, features: Tensor) -> tuple[Memory, State]:
+        """Prepare for decoding.
+
+        Args:
+            features: (B, N, D).
+
+        Returns:
+            The memory of the images, and the state of one hypothesis each, (B, 1, …).
+        """
+
+    @abstractmethod
+    def step(self, token_ids: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
+        """Take one step for all hypotheses.
+
+        Args:
+            token_ids: The last tokens, (B, K).
+            state: As ``start`` or the last step gave it, (B, K, …).
+            memory: As ``start`` gave it.
+
+        Returns:
+            Logits of the next tokens, (B, K, V), and the new state.
+        """
+
+    @abstractmethod
+    def teacher_forcing(self, features: Tensor, token_ids: Tensor) -> TeacherForced:
+        """Predict each token of the captions from those before it.
+
+        Args:
+            features: (B, N, D).
+            token_ids: (B, K, T + 1), from BOS to EOS, then PAD.
+        """
+
+
+class ShowAndTell(Decoder):
+    """The image is the first input of the recurrence (Vinyals et al. 2015, eq. 10-12)."""
+
+    pooled = True
+
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
+        super().__init__(config, vocabulary_size, feature_width)
+        self.image = nn.Linear(feature_width, config.embedding_size)
+        self.recurrence = sequence_module(
+            config.cell, config.embedding_size, config.hidden_size, config.layers, config.dropout
+        )
+        self.output = nn.Linear(config.hidden_size, vocabulary_size)
+
+    def start(self, features: Tensor) -> tuple[Memory, State]:
+        """See ``Decoder.start``: one step on the image; what it would say is not used."""
+        image = self.dropout(self.image(features.mean(1, keepdim=True)))  # (B, 1, E)
+        _, state = self.recurrence(image)
+        return (), self._unpack(state, len(features))
+
+    def step(self, token_ids: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
+        """See ``Decoder.step``."""
+        images, beams = token_ids.shape
+        words = self.dropout(self.embedding(token_ids)).view(images * beams, 1, -1)
+        hidden, new = self.recurrence(words, self._pack(state))
+        logits = self.output(self.dropout(hidden))
+        return logits.view(images, beams, -1), self._unpack(new, images)
+
+    def teacher_forcing(self, features: Tensor, token_ids: Tensor) -> TeacherForced:
+        """See ``Decoder.teacher_forcing``: one fused call over the whole sequence."""
+        inputs, targets = token_ids[..., :-1].flatten(0, 1), token_ids[..., 1:].flatten(0, 1)
+        images, captions = token_ids.shape[:2]
+        _, state = self.recurrence(self.dropout(self.image(features.mean(1, keepdim=True))))
+        state = self._expand(state, captions)
+        words = self.dropout(self.embedding(inputs))  # (B * K, T, E)
+        hidden, _ = self.recurrence(words, state)
+        real = targets != PAD
+        return TeacherForced(self.output(self.dropout(hidden[real])), targets[real])
+
+    def _expand(self, state: Tensor | State, captions: int) -> Tensor | State:
+        """Give each caption of an image the image's state: (L, B, H) -> (L, B * K, H)."""
+        if isinstance(state, Tensor):
+            return state.repeat_interleave(captions, 1)
+        return tuple(part.repeat_interleave(captions, 1) for part in state)
+
+    def _unpack(self, state: Tensor | State, images: int) -> State:
+        """From torch's (L, B * K, H) to (B, K, L, H)."""
+        parts = (state,) if isinstance(state, Tensor) else state
+        return tuple(part.transpose(0, 1).unflatten(0, (images, -1)) for part in parts)
+
+    def _pack(self, state: State) -> Tensor | State:
+        """From (B, K, L, H) to torch's (L, B * K, H)."""
+        parts = tuple(part.flatten(0, 1).transpose(0, 1).contiguous() for part in state)
+        return parts if len(parts) > 1 else parts[0]
+
+
+class ShowAttendTell(Decoder):
+    """Soft attention over the grid (Xu et al. 2015, section 3.1 and 4.2, eq. 1-8 and 13-14)."""
+
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
+        super().__init__(config, vocabulary_size, feature_width)
+        width, hidden = config.feature_size or feature_width, config.hidden_size
+        self.feature = nn.Linear(feature_width, width) if config.feature_size else nn.Identity()
+        self.initial = nn.Linear(width, hidden * config.layers * states_of(config.cell))
+        self.key = nn.Linear(width, config.attention_size)
+        self.query = nn.Linear(hidden, config.attention_size, bias=False)
+        self.score = nn.Linear(config.attention_size, 1, bias=False)
+        self.gate = nn.Linear(hidden, width)
+        self.cells = StepCells(
+            config.cell, config.embedding_size + width, hidden, config.layers, config.dropout
+        )
+        self.hidden_output = nn.Linear(hidden, config.embedding_size)
+        self.context_output = nn.Linear(width, config.embedding_size, bias=False)
+        self.output = nn.Linear(config.embedding_size, vocabulary_size)
+
+    def start(self, features: Tensor) -> tuple[Memory, State]:
+        """See ``Decoder.start``: memory is the features and their attention keys."""
+        features = self.feature(features)
+        initial = torch.tanh(self.initial(features.mean(1)))  # (B, S * L * H)
+        state = initial.view(len(features), 1, -1, self.config.hidden_size)
+        keys = self.key(features)
+        # Under autocast keys are bfloat16; cast features with them, once and not at each step.
+        return (features.to(keys.dtype), keys), tuple(state.unbind(2))
+
+    def step(self, token_ids: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
+        """See ``Decoder.step``."""
+        words = self.dropout(self.embedding(token_ids))
+        hidden, context, _, state = self._recur(words, state, memory)
+        return self._logits(words, hidden, context), state
+
+    def _recur(
+        self, words: Tensor, state: State, memory: Memory
+    ) -> tuple[Tensor, Tensor, Tensor, State]:
+        """Attend and take one recurrent step.
+
+        Args:
+            words: (B, K, E).
+            state: For each layer h, or h and c, each (B, K, H).
+            memory: Features (B, N, D) and keys (B, N, A).
+
+        Returns:
+            The new h (B, K, H), context (B, K, D), attention (B, K, N) and state.
+        """
+        images, beams, _ = words.shape
+        weights, context = self.attend(state[-states_of(self.config.cell)], memory)
+        x = torch.cat([words, context], -1).flatten(0, 1)
+        per_layer = states_of(self.config.cell)
+        rows = [part.flatten(0, 1) for part in state]
+        layers = [tuple(rows[i : i + per_layer]) for i in range(0, len(rows), per_layer)]
+        hidden, layers = self.cells(x, layers)
+        new = tuple(part.view(images, beams, -1) for layer in layers for part in layer)
+        return hidden.view(images, beams, -1), context, weights, new
+
+    def attend(self, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Weigh the regions (eq. 4-6) and gate their mean (section 4.2.1).
+
+        Args:
+            hidden: The last state of the top layer, (B, K, H).
+            memory: Features (B, N, D) and keys (B, N, A).
+
+        Returns:
+            The weights (B, K, N), which sum to 1, and the context (B, K, D).
+        """
+        features, keys = memory
+        query = self.query(hidden)
+        scores = self.score(torch.tanh(keys.unsqueeze(1) + query.unsqueeze(2))).squeeze(-1)
+        weights = torch.softmax(scores.float(), -1)
+        context = torch.bmm(weights.to(features.dtype), features)
+        return weights, torch.sigmoid(self.gate(hidden)) * context
+
+    def _logits(self, words: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
+        """Deep output (eq. 7)."""
+        mixed = words + self.hidden_output(self.dropout(hidden)) + self.context_output(context)
+        return self.output(self.dropout(mixed))
+
+    def teacher_forcing(self, features: Tensor, token_ids: Tensor) -> TeacherForced:
+        """See ``Decoder.teacher_forcing``; captions that have ended take no further steps."""
+        inputs, targets = token_ids[..., :-1], token_ids[..., 1:]
+        real = targets != PAD
+        steps, order = _rectangles(real)
+        order = order.to(inputs.device)
+        words = self.dropout(self.embedding(inputs))  # (B, K, T, E)
+        memory, state = self.start(features)
+        state = tuple(part.expand(-1, inputs.shape[1], -1) for part in state)
+        hiddens, contexts, attention = [], [], torch.zeros((), device=inputs.device)
+        for t, (b, k) in enumerate(steps):
+            memory = tuple(part[:b] for part in memory)
+            state = tuple(part[:b, :k] for part in state)
+            hidden, context, weights, state = self._recur(words[:b, :k, t], state, memory)
+            hiddens.append(hidden.flatten(0, 1))
+            contexts.append(context.flatten(0, 1))
+            weights = weights * real[:b, :k, t].unsqueeze(-1)
+            margin = (0, 0, 0, real.shape[1] - k, 0, real.shape[0] - b)
+            attention = attention + nn.functional.pad(weights, margin)
+        laid_out = torch.cat(
+            [words[:b, :k, t].flatten(0, 1) for t, (b, k) in enumerate(steps)]
+        )
+        laid_targets = torch.cat(
+            [targets[:b, :k, t].flatten(0, 1) for t, (b, k) in enumerate(steps)]
+        )
+        logits = self._logits(
+            laid_out[order], torch.cat(hiddens)[order], torch.cat(contexts)[order]
+        )
+        return TeacherForced(logits, laid_targets[order], attention[real.any(-1)])
+
+
+def _rectangles(real: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
+    """Say how much of a batch each step needs, when captions end at different steps.
+
+    Args:
+        real: Which tokens aren't padding, (B, K, T).
+
+    Returns:
+        For each step t the smallest (b, k) such that [:b, :k] holds all captions that last
+        beyond it (small where the longest come first), and the positions of the real tokens in
+        the rows of all these rectangles, laid one after the other.
+    """
+    real = real.cpu()  # once per batch
+    alive = real.flip(2).cumsum(2).flip(2) > 0
+    images, slots = alive.any(1).T, alive.any(0).T  # (T, B), (T, K)
+    steps = [
+        (int(images[t].nonzero().max()) + 1, int(slots[t].nonzero().max()) + 1)
+        for t in range(real.shape[2])
+    ]
+    order = torch.cat([real[:b, :k, t].flatten() for t, (b, k) in enumerate(steps)]).nonzero()
+    return steps, order.squeeze(1)
+
+
+def make_decoder(config: DecoderConfig, vocabulary_size: int, feature_width: int) -> Decoder:
+    """Return the decoder that ``config.kind`` names."""
+    kind = {"show_and_tell": ShowAndTell, "show_attend_tell": ShowAttendTell}[config.kind]
+    return kind(config, vocabulary_size, feature_width)

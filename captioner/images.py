@@ -1,0 +1,183 @@
+"""From an image file to the pixels that the CNN sees; the same way in training and in use."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
+
+from captioner.errors import ImageError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# A strip longer than this times its width is cut before it is scaled: 10 x 100,000 pixels would
+# otherwise become 224 x 2,240,000. The centre square is the same.
+LONGEST_STRIP = 8
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read an image file as upright RGB, whatever its mode, bit depth or rotation.
+
+    Transparency becomes white; of an animation the first frame is taken.
+
+    Raises:
+        ImageError: It can't be read; the message names the file and the reason.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    # Pillow's decoders raise almost anything on damaged files, and one of them must not end a
+    # job over a million.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImageError(f"{path}: not a readable image ({reason})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image turned upright by its EXIF tag, as 8-bit RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip it to white."""
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode == "F":  # no fixed range: stretch the one that is used
+        values = values - values.min()
+        values = values * (65535 / (values.max() or 1.0))
+    return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the CNN's input. It belongs to the weights and travels with them.
+
+    Attributes:
+        resize: "crop" (shorter side to ``resize_size``, then the centre square) or "squash" (the
+            whole image to the square).
+        image_size: Side of the square, in pixels.
+        resize_size: Length of the shorter side before the cut, in pixels.
+        interpolation: "bilinear" or "bicubic".
+        mean, std: Subtracted from and divides red, green, blue (0 to 1), inside the encoder.
+    """
+
+    resize: str = "crop"
+    image_size: int = 224
+    resize_size: int = 256
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return the pixels of an RGB image: (3, image_size, image_size), uint8."""
+        mode = InterpolationMode(self.interpolation)
+        if self.resize == "squash":
+            image = transforms.resize(image, [self.image_size, self.image_size], mode)
+        else:
+            image = transforms.resize(_without_ends(image), [self.resize_size], mode)
+            image = transforms.center_crop(image, [self.image_size, self.image_size])
+        return transforms.pil_to_tensor(image)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    longest = LONGEST_STRIP * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    return transforms.center_crop(image, [min(height, longest), min(width, longest)])
+
+
+@dataclass
+class PixelBatch:
+    """Some images of a list, decoded.
+
+    Attributes:
+        indices: Which images of the list these are, of length B.
+        pixels: (B, 3, S, S), uint8.
+        failures: (index, message) of those that couldn't be read.
+    """
+
+    indices: list[int]
+    pixels: torch.Tensor
+    failures: list[tuple[int, str]]
+
+
+def load_pixels(
+    paths: Sequence[str | Path],
+    preprocessing: Preprocessing,
+    batches: Sequence[Sequence[int]],
+    workers: int = -1,
+    pin_memory: bool = False,
+) -> Iterator[PixelBatch]:
+    """Decode and preprocess images in worker processes, batch by batch, in order.
+
+    Args:
+        paths: All image files.
+        preprocessing: What is done to each.
+        batches: Indices into ``paths``, a list for each batch.
+        workers: Processes; 0 decodes in this one, -1 takes one a core (16 at most).
+        pin_memory: Put the pixels into page-locked memory, for faster copies to a GPU.
+    """
+    if workers < 0:
+        workers = min(16, os.cpu_count() or 1)
+    if len(batches) < 2:
+        workers = 0
+    return iter(
+        DataLoader(
+            _ImageFiles(paths, preprocessing),
+            batch_sampler=batches,  # type: ignore[arg-type]
+            collate_fn=_collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+        )
+    )
+
+
+def in_batches(count: int, batch_size: int) -> list[range]:
+    """Return the indices 0 to ``count`` - 1 in batches."""
+    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+class _ImageFiles(Dataset):
+    def __init__(self, paths: Sequence[str | Path], preprocessing: Preprocessing) -> None:
+        self.paths, self.preprocessing = paths, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str]:
+        try:
+            return index, self.preprocessing(load_image(self.paths[index])), ""
+        except ImageError as error:
+            return index, None, str(error)
+
+
+def _collate(items: list[tuple[int, torch.Tensor | None, str]]) -> PixelBatch:
+    good = [(index, pixels) for index, pixels, _ in items if pixels is not None]
+    return PixelBatch(
+        indices=[index for index, _ in good],
+        pixels=torch.stack([pixels for _, pixels in good]) if good else torch.empty(0),
+        failures=[(index, message) for index, pixels, message in items if pixels is None],
+    )
