@@ -16,14 +16,15 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
     Args:
         path: Where the file will be. Missing parent folders are made.
-        mode: ``"w"`` for UTF-8 text or ``"wb"`` for bytes.
+        mode: ``"w"`` for UTF-8 text, its line ends untouched, or ``"wb"`` for bytes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
     try:
         os.chmod(aside, 0o666 & ~_umask())
-        with os.fdopen(handle, mode, **({} if "b" in mode else text_format())) as file:
+        text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        with os.fdopen(handle, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -32,11 +33,6 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside)
         raise
-
-
-def text_format() -> dict[str, str]:
-    """Return how every text file of the project is written: UTF-8, line ends untouched."""
-    return {"encoding": "utf-8", "newline": ""}
 
 
 def write_json(path: str | Path, value: object, indent: int | None = 2) -> None:

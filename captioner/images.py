@@ -150,6 +150,7 @@ def load_pixels(
             batch_sampler=batches,  # type: ignore[arg-type]
             collate_fn=_collate,
             num_workers=workers,
+            generator=torch.Generator(),  # its own: dropout's random numbers stay as they are
             pin_memory=pin_memory,
         )
     )

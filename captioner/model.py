@@ -1,0 +1,160 @@
+"""The captioner as a model: encoder, decoder and vocabulary, in memory and in a checkpoint.
+
+A checkpoint is a directory that needs nothing beside it:
+
+    model.safetensors    weights of encoder and decoder
+    config.json          CNN, preprocessing, decoder and search settings, scores
+    vocabulary.json      the words in the order of their ids
+
+Loading one reads tensors and JSON; it never runs code from it.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from captioner import __version__
+from captioner.config import DecoderConfig, SearchConfig, parse
+from captioner.decoder import make_decoder
+from captioner.device import autocast
+from captioner.encoder import Encoder
+from captioner.errors import CheckpointError, ConfigError
+from captioner.files import recover_directory, write_json
+from captioner.images import Preprocessing
+from captioner.search import Hypothesis, beam_search
+from captioner.vocabulary import Vocabulary
+
+FORMAT = 1
+
+
+class CaptionModel(nn.Module):
+    """An encoder, a decoder and the words they speak.
+
+    Args:
+        encoder: The CNN with its preprocessing.
+        decoder: Settings of the decoder.
+        vocabulary: Its words.
+        search: How captions are found unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: DecoderConfig,
+        vocabulary: Vocabulary,
+        search: SearchConfig,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = make_decoder(decoder, len(vocabulary), encoder.grid_shape[1])
+        self.vocabulary, self.search = vocabulary, search
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.decoder.embedding.weight.device
+
+    @torch.inference_mode()
+    def decode(
+        self, features: Tensor, search: SearchConfig, precision: torch.dtype
+    ) -> list[list[Hypothesis]]:
+        """Find captions for features (B, N, D); for each image the best come first."""
+        was_training = self.training
+        self.eval()
+        with autocast(self.device, precision):
+            memory, state = self.decoder.start(features.to(self.device).float())
+            found = beam_search(self.decoder.step, state, memory, **dataclasses.asdict(search))
+        self.train(was_training)
+        return found
+
+    def words(self, hypotheses: list[list[Hypothesis]]) -> list[str]:
+        """Return the best caption of each image as text."""
+        return [self.vocabulary.decode(best[0].token_ids) for best in hypotheses]
+
+
+def save_checkpoint(model: CaptionModel, directory: Path, scores: dict[str, Any]) -> None:
+    """Write a checkpoint into an existing directory (see ``files.atomic_directory``)."""
+    state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(state, directory / "model.safetensors")
+    write_json(directory / "vocabulary.json", list(model.vocabulary.words), indent=None)
+    write_json(
+        directory / "config.json",
+        {
+            "format": FORMAT,
+            "captioner": __version__,
+            "encoder": {
+                "name": model.encoder.name,
+                "preprocessing": model.encoder.preprocessing.to_dict(),
+            },
+            "decoder": dataclasses.asdict(model.decoder.config),
+            "search": dataclasses.asdict(model.search),
+            "scores": scores,
+        },
+    )
+
+
+def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu") -> CaptionModel:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or doesn't fit the others.
+    """
+    directory = Path(directory)
+    recover_directory(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such checkpoint directory")
+    config = _read_json(directory / "config.json", dict)
+    if config.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{directory}/config.json: checkpoint format {FORMAT} was expected, found "
+            f"{config.get('format')}; it was written by captioner {config.get('captioner')}"
+        )
+    words = _read_json(directory / "vocabulary.json", list)
+    try:
+        encoder = Encoder(
+            config["encoder"]["name"],
+            parse(Preprocessing, config["encoder"]["preprocessing"], "preprocessing"),
+        )
+        model = CaptionModel(
+            encoder,
+            parse(DecoderConfig, config["decoder"], "decoder"),
+            Vocabulary(words),
+            parse(SearchConfig, config["search"], "search"),
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{directory}/config.json: {error}") from None
+    _load_tensors(model, directory / "model.safetensors")
+    return model.to(device).eval()
+
+
+def _load_tensors(model: CaptionModel, path: Path) -> None:
+    try:
+        model.load_state_dict(safetensors.torch.load_file(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; is this a checkpoint directory?") from None
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: not a safetensors file, or cut short ({error}); other formats are refused "
+            "because they can run code"
+        ) from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: doesn't fit config.json ({reason})") from None
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; is this a checkpoint directory?") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: can't be read ({error})") from None
+    if not isinstance(content, kind):
+        raise CheckpointError(f"{path}: a JSON {kind.__name__} was expected")
+    return content

@@ -1,0 +1,161 @@
+"""Tracking of a training run: JSON lines in its folder, and Weights & Biases."""
+
+import json
+import netrc
+import os
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+from PIL import Image
+
+from captioner.config import WandbConfig
+from captioner.files import atomic_write
+from captioner.progress import say
+
+WANDB_HOST = "https://api.wandb.ai"
+
+
+class JsonLog:
+    """One JSON object a line, each with the optimiser ``step`` it belongs to.
+
+    Args:
+        path: The file; it is continued if it exists.
+        step: Lines of later steps are dropped: a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        with atomic_write(path) as file:
+            file.writelines(kept)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as training
+
+    def write(self, **values: Any) -> None:
+        """Write a line; it is in the file when this returns."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("}\n")]
+
+
+class Tracker:
+    """A run in Weights & Biases: online when logged in, otherwise offline, or off.
+
+    Args:
+        config: Settings.
+        experiment: The resolved experiment, shown as the run's config.
+        output_dir: Folder of the run; W&B's own files go into ``wandb`` below it.
+        run_id: The run to resume, or None for a new one.
+
+    Attributes:
+        run_id: For resuming; None when W&B is off.
+    """
+
+    def __init__(
+        self,
+        config: WandbConfig,
+        experiment: Mapping[str, Any],
+        output_dir: Path,
+        run_id: str | None = None,
+    ) -> None:
+        self._run = _start(config, experiment, output_dir, run_id)
+        self.run_id: str | None = self._run.id if self._run else None
+        if self._run:
+            self._run.define_metric("*", step_metric="step")
+            self._run.define_metric("validation/*", step_metric="step", summary="max")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log numbers at an optimiser step."""
+        if self._run:
+            self._run.log({"step": step, **values})
+
+    def log_samples(
+        self,
+        step: int,
+        epoch: int,
+        images: Sequence[Image.Image],
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
+    ) -> None:
+        """Log a table of validation images with their captions and references."""
+        if not self._run or not images:
+            return
+        table = wandb.Table(columns=["epoch", "image", "caption", "references"])
+        for image, caption, truth in zip(images, captions, references, strict=True):
+            table.add_data(epoch, wandb.Image(image), caption, "\n".join(truth))
+        self._run.log({"step": step, "validation/samples": table})
+
+    def keep_checkpoint(self, directory: Path, aliases: Sequence[str]) -> None:
+        """Keep a checkpoint as an artifact of the run."""
+        if self._run:
+            artifact = wandb.Artifact(f"captioner-{self._run.id}", type="model")
+            artifact.add_dir(str(directory))
+            self._run.log_artifact(artifact, aliases=list(aliases))
+
+    def finish(self, failed: bool = False) -> None:
+        """End the run."""
+        if self._run:
+            self._run.finish(exit_code=int(failed))
+
+
+def _start(
+    config: WandbConfig, experiment: Mapping[str, Any], output_dir: Path, run_id: str | None
+) -> Any:
+    mode = os.environ.get("WANDB_MODE") or config.mode
+    if mode == "auto":
+        mode = "online" if _logged_in() else "offline"
+    if mode == "disabled":
+        return None
+    try:
+        run = _init(mode, config, experiment, output_dir, run_id)
+    except wandb.errors.CommError as error:
+        say(f"warning: W&B can't be reached ({str(error).splitlines()[0]}); going on offline")
+        mode = "offline"
+        run = _init(mode, config, experiment, output_dir, run_id)
+    if mode == "offline":
+        say(f"W&B is offline; to show the run there: wandb sync {Path(run.dir).parent}")
+    else:
+        say(f"W&B: {run.url}")
+    return run
+
+
+def _init(
+    mode: str,
+    config: WandbConfig,
+    experiment: Mapping[str, Any],
+    output_dir: Path,
+    run_id: str | None,
+) -> Any:
+    return wandb.init(
+        mode=mode,  # type: ignore[arg-type]
+        project=config.project,
+        entity=config.entity or None,
+        name=config.name or None,
+        tags=list(config.tags),
+        config=dict(experiment),
+        dir=str(output_dir),
+        id=run_id,
+        resume="allow",
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", WANDB_HOST)).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
