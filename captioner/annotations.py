@@ -115,7 +115,7 @@ def read_text(path: str | Path) -> str:
 
 
 def _from_coco(path: Path, content: Any, split: str | None) -> Annotations:
-    if not isinstance(content, dict) or "annotations" not in content or "images" not in content:
+    if not isinstance(content, dict) or "images" not in content:
         keys = ", ".join(content) if isinstance(content, dict) else type(content).__name__
         raise DataError(
             f"{path}: neither COCO captions ('images' and 'annotations') nor a Karpathy split "
@@ -126,6 +126,7 @@ def _from_coco(path: Path, content: Any, split: str | None) -> Annotations:
             f"{path}: split '{split}' was asked for, but COCO captions have no splits; give a "
             "text file that lists the images, or leave the split out"
         )
+    content.setdefault("annotations", [])  # test sets come without captions
     images = _entries(path, content, "images", needed={"id": (int, str)})
     captions = _entries(
         path, content, "annotations", needed={"image_id": (int, str), "caption": (str,)}

@@ -1,0 +1,6 @@
+"""Caption a folder of images (the same as ``captioner caption``)."""
+
+from captioner.commands.caption import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
