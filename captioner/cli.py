@@ -13,7 +13,9 @@ from captioner.errors import CaptionerError
 class Main(Protocol):
     """A command: takes its arguments (None: those of the process), returns its exit code."""
 
-    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Run."""
+        ...
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

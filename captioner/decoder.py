@@ -247,9 +247,7 @@ class ShowAttendTell(Decoder):
             weights = weights * real[:b, :k, t].unsqueeze(-1)
             margin = (0, 0, 0, real.shape[1] - k, 0, real.shape[0] - b)
             attention = attention + nn.functional.pad(weights, margin)
-        laid_out = torch.cat(
-            [words[:b, :k, t].flatten(0, 1) for t, (b, k) in enumerate(steps)]
-        )
+        laid_out = torch.cat([words[:b, :k, t].flatten(0, 1) for t, (b, k) in enumerate(steps)])
         laid_targets = torch.cat(
             [targets[:b, :k, t].flatten(0, 1) for t, (b, k) in enumerate(steps)]
         )
