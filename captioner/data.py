@@ -175,7 +175,7 @@ class TrainingBatches:
         batches = []
         for start in range(0, len(order), pool):
             part = order[start : start + pool]
-            part = part[np.argsort(longest[part], kind="stable")]
+            part = part[np.argsort(-longest[part], kind="stable")]
             batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
         return [
             Batch(batches[i].tolist(), pad([chosen[image] for image in batches[i]]))
@@ -183,10 +183,11 @@ class TrainingBatches:
         ]
 
     def _choose(self, per_image: list[list[int]], random: np.random.Generator) -> list[list[int]]:
-        if len(per_image) <= self.captions_per_image:
-            return per_image
-        choice = random.choice(len(per_image), self.captions_per_image, replace=False)
-        return [per_image[i] for i in choice]
+        """Return at most K captions, the longest first: see ``decoder._rectangles``."""
+        if len(per_image) > self.captions_per_image:
+            choice = random.choice(len(per_image), self.captions_per_image, replace=False)
+            per_image = [per_image[i] for i in choice]
+        return sorted(per_image, key=len, reverse=True)
 
 
 def pad(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:

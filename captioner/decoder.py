@@ -265,10 +265,11 @@ def _rectangles(real: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
 
     Returns:
         For each step t the smallest (b, k) such that [:b, :k] holds all captions that last
-        beyond it (small where the longest come first), and the positions of the real tokens in
-        the rows of all these rectangles, laid one after the other.
+        beyond it (small where the longest come first), up to the last real token; and the
+        positions of the real tokens in the rows of all these rectangles, laid one after the other.
     """
     real = real.cpu()  # once per batch
+    real = real[..., : int(real.any(0).any(0).sum())]
     alive = real.flip(2).cumsum(2).flip(2) > 0
     images, slots = alive.any(1).T, alive.any(0).T  # (T, B), (T, K)
     steps = [
