@@ -439,7 +439,7 @@ class _Trainer:
                 if group and (number % training.accumulation_steps == 0 or number == len(left)):
                     self._optimise(group)
                     group = []
-                bar.update(1, f"loss {self._meter.loss:.3f}")
+                bar.update(1, f"loss {self.at.loss / max(1, self.at.tokens):.3f}")
 
     def _optimise(self, group: list[tuple[Tensor, Tensor]]) -> None:
         """Take one optimiser step on some batches of inputs and token ids (B, K, T + 1)."""

@@ -1,0 +1,66 @@
+"""Draw images with their captions below them into one picture, to look at results at a glance."""
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from captioner.annotations import read_annotations
+from captioner.cli import HelpFormatter, command
+from captioner.errors import DataError
+from captioner.files import atomic_write
+from captioner.images import load_image
+from captioner.results import read_results
+
+MARGIN = 8
+
+
+def draw_sheet(
+    images: Sequence[Image.Image], captions: Sequence[str], columns: int, size: int
+) -> Image.Image:
+    """Return one picture: each image within ``size`` x ``size`` pixels, its caption below."""
+    font = ImageFont.load_default(size=13)
+    wrapped = [textwrap.wrap(caption, size // 7) or [""] for caption in captions]
+    text_height = 16 * max(len(lines) for lines in wrapped)
+    width, height = size + MARGIN, size + text_height + 2 * MARGIN
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
+        x = MARGIN + number % columns * width
+        y = MARGIN + number // columns * height
+        sheet.paste(ImageOps.contain(image, (size, size)), (x, y))
+        pen.multiline_text((x, y + size + 2), "\n".join(lines), fill="black", font=font)
+    return sheet
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the first images of a results file."""
+    parser = argparse.ArgumentParser(
+        "contact_sheet", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("captions", type=Path, help="results file, as caption_folder.py wrote it")
+    parser.add_argument("folder", type=Path, help="folder of the images")
+    parser.add_argument("--annotations", type=Path, help="captions file whose ids the results use")
+    parser.add_argument("--output", type=Path, required=True, help="picture to write (.png)")
+    parser.add_argument("--count", type=int, default=8, help="images shown")
+    parser.add_argument("--columns", type=int, default=4, help="images in a row")
+    parser.add_argument("--size", type=int, default=180, help="side of an image, in pixels")
+    args = parser.parse_args(argv)
+    results = list(read_results(args.captions).items())[: args.count]
+    if not results:
+        raise DataError(f"{args.captions}: no captions to show")
+    listed = read_annotations(args.annotations).images if args.annotations else []
+    names = {image.image_id: image.file_name for image in listed}
+    images = [load_image(args.folder / str(names.get(i, i))) for i, _ in results]
+    sheet = draw_sheet(images, [caption for _, caption in results], args.columns, args.size)
+    with atomic_write(args.output, "wb") as file:
+        sheet.save(file, "PNG", optimize=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
