@@ -124,7 +124,7 @@ class ShowAndTell(Decoder):
     def teacher_forcing(self, features: Tensor, token_ids: Tensor) -> TeacherForced:
         """See ``Decoder.teacher_forcing``: one fused call over the whole sequence."""
         inputs, targets = token_ids[..., :-1].flatten(0, 1), token_ids[..., 1:].flatten(0, 1)
-        images, captions = token_ids.shape[:2]
+        captions = token_ids.shape[1]
         _, state = self.recurrence(self.dropout(self.image(features.mean(1, keepdim=True))))
         state = self._expand(state, captions)
         words = self.dropout(self.embedding(inputs))  # (B * K, T, E)
@@ -219,7 +219,8 @@ class ShowAttendTell(Decoder):
         features, keys = memory
         query = self.query(hidden)
         scores = self.score(torch.tanh(keys.unsqueeze(1) + query.unsqueeze(2))).squeeze(-1)
-        weights = torch.softmax(scores.float(), -1)
+        precise = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.softmax(scores, -1, dtype=precise)
         context = torch.bmm(weights.to(features.dtype), features)
         return weights, torch.sigmoid(self.gate(hidden)) * context
 
