@@ -1,18 +1,19 @@
 """An experiment: one small TOML file, checked when it is read, saved whole with every run."""
 
 import dataclasses
+import difflib
 import json
 import math
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from captioner.errors import ConfigError, UsageError, did_you_mean
+from captioner.errors import ConfigError, UsageError
 
 T = TypeVar("T")
 
@@ -88,6 +89,10 @@ class PreprocessingConfig:
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
                 raise _refusal(self, name, "three numbers (red, green, blue)")
+        if not all(map(math.isfinite, self.mean)):
+            raise _refusal(self, "mean", "three finite numbers")
+        if not all(0 < value < math.inf for value in self.std):
+            raise _refusal(self, "std", "three numbers above 0")
 
 
 @dataclass(frozen=True)
@@ -287,7 +292,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             named) or a value has the wrong type or is impossible.
     """
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -303,7 +308,7 @@ def parse(kind: type[T], content: Mapping[str, Any], source: str) -> T:
     Raises:
         ConfigError: Names ``source``, the key, and what was expected.
     """
-    _refuse_unknown_keys(kind, content, source)
+    _refuse_unknown_keys(kind, content, source, list(_keys(kind)))
     try:
         # JSON is the form in which pydantic is strict (no "3" for 3) and still reads lists.
         return TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=True)
@@ -313,19 +318,39 @@ def parse(kind: type[T], content: Mapping[str, Any], source: str) -> T:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         found = "" if first["type"] == "missing" else f", found {first['input']!r}"
-        raise ConfigError(f"{source}: {key}: {first['msg'].lower()}{found}") from None
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        raise ConfigError(f"{source}: {key}: {message}{found}") from None
 
 
-def _refuse_unknown_keys(kind: Any, content: Any, source: str, prefix: str = "") -> None:
+def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Yield every key, each section's after it: ``data``, ``data.train_annotations``, …."""
+    for name, part in typing.get_type_hints(kind).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(part):
+            yield from _keys(part, f"{prefix}{name}.")
+
+
+def _refuse_unknown_keys(
+    kind: Any, content: Any, source: str, every_key: list[str], prefix: str = ""
+) -> None:
     if not dataclasses.is_dataclass(kind) or not isinstance(content, Mapping):
         return
     kinds = typing.get_type_hints(kind)
-    known = [prefix + name for name in kinds]
     for name, value in content.items():
         if name not in kinds:
-            hint = did_you_mean(prefix + name, known) or f"; known are {', '.join(known)}"
-            raise ConfigError(f"{source}: unknown key '{prefix}{name}'{hint}")
-        _refuse_unknown_keys(kinds[name], value, source, f"{prefix}{name}.")
+            hint = _nearest(name, list(kinds), every_key, prefix)
+            raise ConfigError(f"{source}: unknown key '{prefix}{name}'; {hint}")
+        _refuse_unknown_keys(kinds[name], value, source, every_key, f"{prefix}{name}.")
+
+
+def _nearest(name: str, siblings: list[str], every_key: list[str], prefix: str) -> str:
+    """Name the same key of another section, else the nearest in this one, else all in it."""
+    elsewhere = [key for key in every_key if key.rpartition(".")[2] == name]
+    nearest = [prefix + key for key in difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)]
+    if elsewhere or nearest:
+        keys = "' or '".join(elsewhere or nearest)
+        return f"did you mean '{keys}'?"
+    return f"known are {', '.join(prefix + key for key in siblings)}"
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -352,7 +377,7 @@ def _toml_value(text: str) -> Any:
 
 def _at_least(config: Any, **bounds: float) -> None:
     for name, bound in bounds.items():
-        if not getattr(config, name) >= bound:
+        if not bound <= getattr(config, name) < math.inf:
             raise _refusal(config, name, f"at least {bound}")
 
 
