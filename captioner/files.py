@@ -14,16 +14,24 @@ from typing import IO, Any
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file for writing that takes its name only when the block ends without an error.
 
+    A device or pipe, such as ``/dev/stdout``, is written to directly: it must not be replaced.
+
     Args:
         path: Where the file will be. Missing parent folders are made.
         mode: ``"w"`` for UTF-8 text, its line ends untouched, or ``"wb"`` for bytes.
     """
     path = Path(path)
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, mode, **text) as file:
+            yield file
+        return
+    path = path.resolve()  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
+    # 40 characters are at most 160 bytes; file names end at 255.
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
     try:
         os.chmod(aside, 0o666 & ~_umask())
-        text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
         with os.fdopen(handle, mode, **text) as file:
             yield file
             file.flush()

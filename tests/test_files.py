@@ -1,0 +1,164 @@
+"""Files and folders that appear whole or not at all."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from captioner.files import atomic_directory, atomic_write, recover_directory, write_json
+
+
+def test_text_and_bytes_are_written_as_given(tmp_path):
+    with atomic_write(tmp_path / "new" / "folder" / "a.txt") as file:
+        file.write("é\r\n\n猫")
+    assert (tmp_path / "new/folder/a.txt").read_bytes() == "é\r\n\n猫".encode()
+    with atomic_write(tmp_path / "a.bin", "wb") as file:
+        file.write(b"\x00\xff")
+    assert (tmp_path / "a.bin").read_bytes() == b"\x00\xff"
+    write_json(tmp_path / "a.json", {"é": [1]}, indent=None)
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{"é": [1]}\n'
+
+
+def test_until_the_end_the_old_file_stays(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with atomic_write(path) as file:
+        file.write("new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(error), atomic_write(path) as file:
+        file.write("half")
+        raise error
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, [1])
+    with pytest.raises(TypeError):
+        write_json(path, [1, object()])
+    assert json.loads(path.read_text()) == [1]
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("name", ["猫" * 84 + ".j", "a" * 255, "é.json", "with space"])
+def test_names_up_to_the_limit_of_the_file_system(tmp_path, name):
+    write_json(tmp_path / name, 1)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_permissions_are_the_users_own(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", 1)
+        with atomic_directory(tmp_path / "d") as aside:
+            write_json(aside / "a.json", 1)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o750
+    assert os.umask(old) == old
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target = tmp_path / "elsewhere" / "a.json"
+    target.write_text("old")
+    link = tmp_path / "link.json"
+    link.symlink_to(target)
+    write_json(link, "new")
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == "new"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    write_json(pipe, {"a": 1}, indent=None)
+    reader.join(10)
+    assert read == ['{"a": 1}\n']
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_json(tmp_path / "a", 1)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def fill(path, *names):
+    with atomic_directory(path) as aside:
+        for name in names:
+            (aside / name).write_text(name)
+
+
+def test_a_directory_is_replaced_whole(tmp_path):
+    path = tmp_path / "last"
+    fill(path, "a", "b")
+    fill(path, "c")
+    assert os.listdir(path) == ["c"]
+    assert os.listdir(tmp_path) == ["last"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_directory_and_nothing_else(tmp_path, error):
+    path = tmp_path / "last"
+    fill(path, "a")
+    with pytest.raises(error), atomic_directory(path) as aside:
+        (aside / "b").write_text("b")
+        raise error
+    assert os.listdir(path) == ["a"]
+    assert os.listdir(tmp_path) == ["last"]
+
+
+KILLED_BETWEEN_RENAMES = """
+import os, signal, sys
+from captioner.files import atomic_directory
+rename, calls = os.rename, []
+def stop_at_second(*args):
+    calls.append(args)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*args)
+os.rename = stop_at_second
+with atomic_directory(sys.argv[1]) as aside:
+    (aside / "new").write_text("new")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL is POSIX's")
+def test_a_directory_comes_back_after_a_kill_between_the_two_renames(tmp_path):
+    path = tmp_path / "last"
+    fill(path, "old")
+    killed = subprocess.run([sys.executable, "-c", KILLED_BETWEEN_RENAMES, str(path)], check=False)
+    assert killed.returncode == -9
+    assert not path.exists()
+    recover_directory(path)
+    assert os.listdir(path) == ["old"]
+    fill(path, "next")
+    assert os.listdir(path) == ["next"]
+
+
+def test_recovering_a_directory_that_is_there_changes_nothing(tmp_path):
+    path = tmp_path / "last"
+    fill(path, "a")
+    (tmp_path / ".last.previous").mkdir()
+    recover_directory(path)
+    assert os.listdir(path) == ["a"]
