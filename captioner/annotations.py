@@ -7,10 +7,12 @@ import contextlib
 import csv
 import io
 import json
+import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pycocotools.coco import COCO
 
@@ -20,6 +22,7 @@ ImageId = int | str
 
 IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "comment", "captions")
+KIND_NAMES: dict[type, str] = {int: "integer", str: "text", list: "a list"}
 
 
 @dataclass
@@ -67,7 +70,7 @@ def read_annotations(path: str | Path, split: str | None = None) -> Annotations:
             the first few ids and their count.
     """
     path = Path(path)
-    split_file = split if split and Path(split).is_file() else None
+    split_file = split if split and os.path.isfile(split) else None
     split_name = None if split_file else split
     if path.suffix.lower() != ".json":
         annotations = _from_csv(path, split_name)
@@ -95,6 +98,8 @@ def read_json(path: str | Path) -> Any:
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
             "is the file complete?"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not usable JSON ({error})") from None
 
 
 def read_text(path: str | Path) -> str:
@@ -129,14 +134,18 @@ def _from_coco(path: Path, content: Any, split: str | None) -> Annotations:
     content.setdefault("annotations", [])  # test sets come without captions
     images = _entries(path, content, "images", needed={"id": (int, str)})
     captions = _entries(
-        path, content, "annotations", needed={"image_id": (int, str), "caption": (str,)}
+        path,
+        content,
+        "annotations",
+        needed={"image_id": (int, str), "caption": (str,)},
+        optional={"id": (int, str)},
     )
-    twice = [key for key, count in Counter(image["id"] for image in images).items() if count > 1]
-    if twice:
-        raise DataError(f"{path}: {len(twice)} image ids are listed twice ({name_some(twice)})")
+    _refuse_double_ids(path, (image["id"] for image in images))
+    for position, entry in enumerate(captions):  # the index asks for an id
+        entry.setdefault("id", f"annotations[{position}]")
 
     coco = COCO()
-    coco.dataset = content
+    coco.dataset = {"images": images, "annotations": captions}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     strangers = {entry["image_id"] for entry in captions if entry["image_id"] not in coco.imgs}
@@ -150,25 +159,30 @@ def _from_coco(path: Path, content: Any, split: str | None) -> Annotations:
     for image_id, entry in coco.imgs.items():
         image = AnnotatedImage(image_id, entry.get("file_name"))
         for annotation in coco.imgToAnns.get(image_id, []):
-            _add_caption(image, annotation["caption"], annotation.get("id", image_id), empty)
+            _add_caption(image, annotation["caption"], annotation["id"], empty)
         found.append(image)
     return Annotations(path, found, _notes(path, found, empty))
 
 
 def _entries(
-    path: Path, content: dict[str, Any], name: str, needed: dict[str, tuple[type, ...]]
+    path: Path,
+    content: dict[str, Any],
+    name: str,
+    needed: dict[str, tuple[type, ...]],
+    optional: dict[str, tuple[type, ...]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return ``content[name]`` after checking that it lists objects with the needed fields."""
+    """Return ``content[name]`` after checking that it lists objects with these fields."""
     entries = content[name]
     if not isinstance(entries, list):
         raise DataError(f"{path}: '{name}' must be a list, found {type(entries).__name__}")
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise DataError(f"{path}: {name}[{position}] must be an object, found {entry!r}")
-        for key, kinds in needed.items():
+        present = {key: kinds for key, kinds in (optional or {}).items() if key in entry}
+        for key, kinds in (needed | present).items():
             value = entry.get(key)
             if not isinstance(value, kinds) or isinstance(value, bool):
-                expected = " or ".join("text" if kind is str else "integer" for kind in kinds)
+                expected = " or ".join(KIND_NAMES[kind] for kind in kinds)
                 raise DataError(
                     f"{path}: {name}[{position}] (id {entry.get('id')}): '{key}' must be "
                     f"{expected}, found {value!r}"
@@ -192,7 +206,18 @@ def _is_karpathy(content: Any) -> bool:
 
 def _from_karpathy(path: Path, content: dict[str, Any], split: str | None) -> Annotations:
     """Read a split file of Karpathy & Fei-Fei (2015); the id is ``cocoid`` where there is one."""
-    entries = _entries(path, content, "images", needed={"filename": (str,), "split": (str,)})
+    entries = _entries(
+        path,
+        content,
+        "images",
+        needed={"filename": (str,), "split": (str,)},
+        optional={
+            "cocoid": (int, str),
+            "imgid": (int, str),
+            "filepath": (str,),
+            "sentences": (list,),
+        },
+    )
     wanted = _wanted_splits(path, split, {entry["split"] for entry in entries})
     found: list[AnnotatedImage] = []
     empty: list[object] = []
@@ -208,6 +233,7 @@ def _from_karpathy(path: Path, content: dict[str, Any], split: str | None) -> An
                 )
             _add_caption(image, sentence["raw"], sentence.get("sentid", image_id), empty)
         found.append(image)
+    _refuse_double_ids(path, (image.image_id for image in found))
     return Annotations(path, found, _notes(path, found, empty))
 
 
@@ -254,11 +280,13 @@ def _from_csv(path: Path, split: str | None) -> Annotations:
 def _csv_rows(path: Path, text: str) -> list[dict[str, str]]:
     header = text.split("\n", 1)[0].strip()
     delimiter = max(",|\t;", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
-        lines = [(reader.line_num, cells) for cells in reader if any(cells)]
-    except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num}: not valid CSV ({error})") from None
+        lines = _csv_lines(path, text, delimiter, csv.QUOTE_MINIMAL)
+    except DataError:
+        if delimiter in ",;":
+            raise
+        # Flickr30k's results.csv and many TSV files quote nothing: a quote is a quote there.
+        lines = _csv_lines(path, text, delimiter, csv.QUOTE_NONE)
     names = [name.strip().lower() for name in lines[0][1]] if lines else []
     image_column = next((names.index(name) for name in IMAGE_COLUMNS if name in names), None)
     caption_column = next((names.index(name) for name in CAPTION_COLUMNS if name in names), None)
@@ -282,9 +310,33 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, str]]:
     return rows
 
 
+def _csv_lines(
+    path: Path, text: str, delimiter: str, quoting: Literal[0, 3]
+) -> list[tuple[int, list[str]]]:
+    """Return the cells of each row that isn't blank, with the number of its first line."""
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        quoting=quoting,
+        skipinitialspace=True,
+        strict=True,  # else a quote that isn't closed swallows the rest of the file
+    )
+    lines, number = [], 1
+    try:
+        for cells in reader:
+            if any(cells):
+                lines.append((number, cells))
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}: line {number}: not valid CSV ({error}); is a double quote missing?"
+        ) from None
+    return lines
+
+
 def _flickr_token_rows(path: Path, text: str) -> list[dict[str, str]]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_lines(text), 1):
         name, tab, caption = line.partition("\t")
         if line.strip() and not (tab and "#" in name):
             raise DataError(f"{path}: line {number}: 'name.jpg#0<tab>caption' was expected")
@@ -294,6 +346,17 @@ def _flickr_token_rows(path: Path, text: str) -> list[dict[str, str]]:
 
 
 # --- shared ---------------------------------------------------------------------------------
+
+
+def _lines(text: str) -> list[str]:
+    """Split at line feeds and carriage returns; ``splitlines`` also does at U+2028 and others."""
+    return io.StringIO(text, newline=None).read().split("\n")
+
+
+def _refuse_double_ids(path: Path, image_ids: Iterable[ImageId]) -> None:
+    twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: {len(twice)} image ids are listed twice ({name_some(twice)})")
 
 
 def _add_caption(
@@ -317,8 +380,7 @@ def _notes(path: Path, images: list[AnnotatedImage], empty: list[object]) -> lis
 
 def _keep_listed(annotations: Annotations, split_file: str) -> None:
     """Keep the images whose file names a text file lists, one a line."""
-    lines = read_text(split_file).splitlines()
-    listed = {line.strip() for line in lines if line.strip()}
+    listed = {line.strip() for line in _lines(read_text(split_file)) if line.strip()}
     kept = [image for image in annotations.images if image.file_name in listed]
     strangers = listed - {image.file_name for image in kept}
     if strangers:

@@ -33,13 +33,18 @@ def test_until_the_end_the_old_file_stays(tmp_path):
     assert path.read_text() == "new"
 
 
+def write_half(path, error):
+    with atomic_write(path) as file:
+        file.write("half")
+        raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(error), atomic_write(path) as file:
-        file.write("half")
-        raise error
+    with pytest.raises(error):
+        write_half(path, error)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
@@ -53,7 +58,7 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-@pytest.mark.parametrize("name", ["猫" * 84 + ".j", "a" * 255, "é.json", "with space"])
+@pytest.mark.parametrize("name", ["猫" * 84 + ".j", "a" * 255, "é.json", "with space"], ids=len)
 def test_names_up_to_the_limit_of_the_file_system(tmp_path, name):
     write_json(tmp_path / name, 1)
     assert os.listdir(tmp_path) == [name]
@@ -117,13 +122,18 @@ def test_a_directory_is_replaced_whole(tmp_path):
     assert os.listdir(tmp_path) == ["last"]
 
 
+def fill_half(path, error):
+    with atomic_directory(path) as aside:
+        (aside / "b").write_text("b")
+        raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_the_old_directory_and_nothing_else(tmp_path, error):
     path = tmp_path / "last"
     fill(path, "a")
-    with pytest.raises(error), atomic_directory(path) as aside:
-        (aside / "b").write_text("b")
-        raise error
+    with pytest.raises(error):
+        fill_half(path, error)
     assert os.listdir(path) == ["a"]
     assert os.listdir(tmp_path) == ["last"]
 
