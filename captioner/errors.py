@@ -8,7 +8,8 @@
     ├── WeightsError      CNN weights that can't be found, fetched or loaded
     ├── CheckpointError   a checkpoint that can't be read or doesn't fit
     ├── CacheError        a feature cache that can't be used
-    └── TrainingError     training that can't go on, such as a non-finite loss
+    ├── TrainingError     training that can't go on, such as a non-finite loss
+    └── SearchError       a model that gives no probabilities to search among
 
 The command line prints the message of a ``CaptionerError`` as one line and exits with its
 ``exit_code``. Anything else is a bug and keeps its traceback.
@@ -56,6 +57,10 @@ class CacheError(CaptionerError):
 
 class TrainingError(CaptionerError):
     """Training can't go on."""
+
+
+class SearchError(CaptionerError):
+    """Captions can't be searched for."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
