@@ -1,5 +1,6 @@
 """Images with their captions, and the batches that training takes them in."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captioner.annotations import ImageId, read_annotations
+from captioner.annotations import AnnotatedImage, ImageId, read_annotations
 from captioner.errors import DataError, name_some
 from captioner.progress import say
+from captioner.tokenizer import tokenize
 from captioner.vocabulary import BOS, EOS, PAD, Vocabulary
 
 # Batches are cut from so many batches' worth of shuffled images, sorted by caption length.
@@ -55,7 +57,7 @@ class CaptionDataset:
         read = read_annotations(annotations, split)
         for note in read.notes:
             say(f"warning: {note}")
-        entries = [image for image in read.images if image.captions]
+        entries = _with_words(read.images, str(annotations))
         nameless = [image.image_id for image in entries if not image.file_name]
         if nameless:
             raise DataError(
@@ -63,7 +65,7 @@ class CaptionDataset:
                 f"{name_some(nameless)})"
             )
         paths = {image.image_id: Path(images) / str(image.file_name) for image in entries}
-        absent = [image_id for image_id, path in paths.items() if not path.is_file()]
+        absent = [image_id for image_id, path in paths.items() if not os.path.isfile(path)]
         if absent:
             example = paths[absent[0]]
             message = (
@@ -100,6 +102,19 @@ class CaptionDataset:
     def references(self) -> dict[ImageId, list[str]]:
         """The captions by image id, as scoring takes them."""
         return dict(zip(self.image_ids, self.captions, strict=True))
+
+
+def _with_words(images: Sequence[AnnotatedImage], source: str) -> list[AnnotatedImage]:
+    """Leave out captions of punctuation alone, and images that have no other; say how many."""
+    kept, wordless = [], 0
+    for image in images:
+        captions = [caption for caption in image.captions if tokenize(caption)]
+        wordless += len(image.captions) - len(captions)
+        if captions:
+            kept.append(AnnotatedImage(image.image_id, image.file_name, captions))
+    if wordless:
+        say(f"warning: {source}: {wordless} captions without a word (a-z, 0-9) are left out")
+    return kept
 
 
 def refuse_overlap(train: CaptionDataset, val: CaptionDataset) -> None:
