@@ -115,7 +115,7 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu") -
             f"{directory}/config.json: checkpoint format {FORMAT} was expected, found "
             f"{config.get('format')}; it was written by captioner {config.get('captioner')}"
         )
-    words = _read_json(directory / "vocabulary.json", list)
+    vocabulary = _read_vocabulary(directory / "vocabulary.json")
     try:
         encoder = Encoder(
             config["encoder"]["name"],
@@ -124,11 +124,14 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu") -
         model = CaptionModel(
             encoder,
             parse(DecoderConfig, config["decoder"], "decoder"),
-            Vocabulary(words),
+            vocabulary,
             parse(SearchConfig, config["search"], "search"),
         )
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{directory}/config.json: {error}") from None
+    except KeyError as error:
+        raise CheckpointError(f"{directory}/config.json: {error} is missing") from None
+    except (TypeError, ValueError, RuntimeError, ConfigError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{directory}/config.json: {reason}") from None
     _load_tensors(model, directory / "model.safetensors")
     return model.to(device).eval()
 
@@ -138,7 +141,7 @@ def _load_tensors(model: CaptionModel, path: Path) -> None:
         model.load_state_dict(safetensors.torch.load_file(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; is this a checkpoint directory?") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: not a safetensors file, or cut short ({error}); other formats are refused "
             "because they can run code"
@@ -146,6 +149,16 @@ def _load_tensors(model: CaptionModel, path: Path) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: doesn't fit config.json ({reason})") from None
+
+
+def _read_vocabulary(path: Path) -> Vocabulary:
+    words = _read_json(path, list)
+    if not all(isinstance(word, str) for word in words):
+        raise CheckpointError(f"{path}: a list of words was expected")
+    try:
+        return Vocabulary(words)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _read_json(path: Path, kind: type) -> Any:

@@ -1,0 +1,110 @@
+"""Small real things that several tests share: drawn images, their captions, a model of them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from captioner.captioner import Captioner
+from captioner.config import DecoderConfig, SearchConfig
+from captioner.data import pad
+from captioner.encoder import Encoder
+from captioner.features import encode
+from captioner.images import Preprocessing
+from captioner.model import CaptionModel, save_checkpoint
+from captioner.vocabulary import Vocabulary
+
+COLOURS = ("red", "lime", "blue", "yellow")
+SHAPES = ("disc", "square")
+WORDS = {"red": "red", "lime": "bright green", "blue": "blue", "yellow": "yellow"}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A folder of images and their captions, not to be changed.
+
+    Attributes:
+        images: The folder.
+        annotations: Its captions, COCO format.
+        captions: The caption of each file name, which the tiny model gives.
+    """
+
+    images: Path
+    annotations: Path
+    captions: dict[str, str]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.images / name for name in self.captions]
+
+
+def draw(colour: str, shape: str, width: int = 64, height: int = 64) -> Image.Image:
+    image = Image.new("RGB", (width, height), "white")
+    box = (width // 4, height // 4, width * 3 // 4, height * 3 // 4)
+    pen = ImageDraw.Draw(image)
+    (pen.ellipse if shape == "disc" else pen.rectangle)(box, fill=colour)
+    return image
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """Eight images of several sizes."""
+    folder = tmp_path_factory.mktemp("drawn")
+    captions = {}
+    for number, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
+        name = f"{number:02}_{colour}_{shape}.png"
+        (folder / "images").mkdir(exist_ok=True)
+        draw(colour, shape, 64 + 8 * number, 64).save(folder / "images" / name)
+        # Captions of different lengths, so that searches end at different steps.
+        captions[name] = f"a {WORDS[colour]} {shape}" + " on white" * (number % 3 == 0)
+    content = {
+        "images": [{"id": 7 * i, "file_name": name} for i, name in enumerate(captions)],
+        "annotations": [
+            {"id": i, "image_id": 7 * i, "caption": text}
+            for i, text in enumerate(captions.values())
+        ],
+    }
+    (folder / "captions.json").write_text(json.dumps(content))
+    return Drawn(folder / "images", folder / "captions.json", captions)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(drawn: Drawn) -> CaptionModel:
+    """A random SqueezeNet at 48 px and a small decoder that has learnt the drawn images."""
+    torch.manual_seed(0)
+    # Not ImageNet's numbers, so that a test sees where the preprocessing comes from.
+    preprocessing = Preprocessing("squash", 48, 48, "bicubic", (0.4, 0.5, 0.6), (0.3, 0.25, 0.2))
+    vocabulary = Vocabulary.from_captions(drawn.captions.values())
+    config = DecoderConfig(
+        embedding_size=24, hidden_size=32, attention_size=16, feature_size=32, dropout=0.0
+    )
+    encoder = Encoder("squeezenet1_1", preprocessing)
+    model = CaptionModel(encoder, config, vocabulary, SearchConfig(3, 8, 0.7))
+    pixels = torch.stack([preprocessing(Image.open(path)) for path in drawn.paths])
+    features = encode(model.encoder, pixels, torch.device("cpu"), torch.float32).clone()
+    token_ids = pad([[vocabulary.encode(text)] for text in drawn.captions.values()])
+    optimizer = torch.optim.Adam(model.decoder.parameters(), lr=0.01)
+    for _ in range(120):
+        said = model.decoder.teacher_forcing(features, token_ids)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(said.logits, said.targets).backward()
+        optimizer.step()
+    model.requires_grad_(False)
+    return model.eval()
+
+
+@pytest.fixture
+def checkpoint(tiny_model: CaptionModel, tmp_path: Path) -> Path:
+    """The tiny model's checkpoint, to be used or damaged."""
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    save_checkpoint(tiny_model, directory, {"BLEU-4": 1.0})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def captioner(tiny_model: CaptionModel) -> Captioner:
+    return Captioner(tiny_model, "cpu", "float32")
