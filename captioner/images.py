@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
@@ -22,6 +22,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # A strip longer than this times its width is cut before it is scaled: 10 x 100,000 pixels would
 # otherwise become 224 x 2,240,000. The centre square is the same.
 LONGEST_STRIP = 8
+
+# What makes an image upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -47,14 +58,25 @@ def load_image(path: str | Path) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image turned upright by its EXIF tag, as 8-bit RGB."""
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    image = image.convert("RGB")  # a copy
+    image.info.clear()  # with the EXIF tag gone, turning it again does nothing
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    # Damaged EXIF raises almost anything, and is no reason to lose the picture.
+    except Exception:
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -141,7 +163,7 @@ def load_pixels(
         pin_memory: Put the pixels into page-locked memory, for faster copies to a GPU.
     """
     if workers < 0:
-        workers = min(16, os.cpu_count() or 1)
+        workers = min(16, _cores())
     if len(batches) < 2:
         workers = 0
     return iter(
@@ -159,6 +181,13 @@ def load_pixels(
 def in_batches(count: int, batch_size: int) -> list[range]:
     """Return the indices 0 to ``count`` - 1 in batches."""
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+def _cores() -> int:
+    """Return how many cores this process may use (a container or job may have fewer)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _ImageFiles(Dataset):
