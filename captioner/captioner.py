@@ -1,7 +1,8 @@
 """Captions for images, from Python."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import overload
 
@@ -12,8 +13,9 @@ from torchvision.transforms.functional import to_pil_image
 
 from captioner.config import SearchConfig
 from captioner.device import choose_device, choose_precision
+from captioner.errors import ConfigError, ImageError
 from captioner.features import encode
-from captioner.images import in_batches, load_image, to_rgb
+from captioner.images import load_image, to_rgb
 from captioner.model import CaptionModel, load_checkpoint
 from captioner.search import Hypothesis
 
@@ -63,7 +65,7 @@ class Captioner:
     @overload
     def caption(
         self,
-        images: Sequence[ImageLike],
+        images: Iterable[ImageLike],
         beam_size: int | None = ...,
         max_length: int | None = ...,
         length_penalty: float | None = ...,
@@ -72,7 +74,7 @@ class Captioner:
 
     def caption(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        images: ImageLike | Iterable[ImageLike],
         beam_size: int | None = None,
         max_length: int | None = None,
         length_penalty: float | None = None,
@@ -82,7 +84,8 @@ class Captioner:
 
         Args:
             images: Paths, PIL images, or tensors (3, H, W), uint8 or float from 0 to 1; one, or
-                any sequence of them. A tensor (B, 3, H, W) is B images.
+                any number of them, such as a list or a generator. A tensor (B, 3, H, W) is B
+                images.
             beam_size: Hypotheses kept; 1 is greedy. None takes the checkpoint's setting.
             max_length: Most words in a caption. None takes the checkpoint's setting.
             length_penalty: See ``search.beam_search``. None takes the checkpoint's setting.
@@ -92,16 +95,20 @@ class Captioner:
             A caption for one image, a list for many.
 
         Raises:
-            ImageError: An image can't be read.
+            ImageError: An image can't be read, or a tensor holds something else.
+            ConfigError: A setting is impossible.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: at least 1 was expected, found {batch_size}")
         search = self.search(beam_size, max_length, length_penalty)
         if isinstance(images, (str, Path, Image.Image)) or (
             isinstance(images, Tensor) and images.dim() == 3
         ):
             return self._caption([images], search)[0]
-        captions = []
-        for batch in in_batches(len(images), batch_size):
-            captions += self._caption([images[i] for i in batch], search)
+        captions: list[str] = []
+        left = iter(images)
+        while batch := list(islice(left, batch_size)):
+            captions += self._caption(batch, search)
         return captions
 
     def search(
@@ -124,7 +131,7 @@ class Captioner:
         features = encode(self.model.encoder, pixels, self.device, self.precision)
         return self.model.decode(features, search, self.precision)
 
-    def _caption(self, images: Sequence[ImageLike], search: SearchConfig) -> list[str]:
+    def _caption(self, images: list[ImageLike], search: SearchConfig) -> list[str]:
         preprocess = self.model.encoder.preprocessing
         pixels = torch.stack([preprocess(_open(image)) for image in images])
         return self.model.words(self.hypotheses(pixels, search))
@@ -132,5 +139,19 @@ class Captioner:
 
 def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, Tensor):
-        return to_rgb(to_pil_image(image.cpu()))
+        return to_rgb(to_pil_image(_to_uint8(image.cpu())))
     return to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+
+
+def _to_uint8(image: Tensor) -> Tensor:
+    if image.dim() != 3 or len(image) not in (1, 3):
+        raise ImageError(f"a tensor (3, H, W) was expected, found {tuple(image.shape)}")
+    if image.dtype == torch.uint8:
+        return image
+    lowest, highest = image.min().item(), image.max().item()
+    if not image.is_floating_point() or not (lowest >= 0 and highest <= 1):
+        raise ImageError(
+            "a tensor must be uint8, or float from 0 to 1 (not yet normalised by mean and standard "
+            f"deviation: the captioner does that); found {image.dtype} from {lowest} to {highest}"
+        )
+    return (image.float() * 255).round().to(torch.uint8)
