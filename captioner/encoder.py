@@ -2,7 +2,7 @@
 
 import hashlib
 import pickle
-import urllib.error
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,10 @@ class Encoder(nn.Module):
         self.requires_grad_(False)
         for name in self._trained:
             self.cnn.get_submodule(name).requires_grad_(True)
+        if stage and not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ConfigError(
+                f"encoder.fine_tune_from: {self.name} has nothing to train from '{stage}' on"
+            )
         self.train(self.training)
 
     @property
@@ -113,12 +117,14 @@ class Encoder(nn.Module):
         own = self.cnn.state_dict()
         missing = [key for key in own if key not in state and "num_batches_tracked" not in key]
         other = [key for key in own if key in state and state[key].shape != own[key].shape]
-        if missing or other:
-            what = f"{len(missing)} are missing" if missing else f"{len(other)} have another shape"
-            raise WeightsError(
-                f"{source}: these are not the weights of {self.name}: of its {len(own)} tensors "
-                f"{what} ({name_some(missing or other)})"
-            )
+        # ResNet-50's tensors are all in ResNet-101, by name and shape.
+        more = [key for key in state if key not in own and key.split(".")[0] not in HEADS]
+        for keys, what in ((missing, "missing"), (other, "of another shape"), (more, "too many")):
+            if keys:
+                raise WeightsError(
+                    f"{source}: these are not the weights of {self.name}, which has {len(own)} "
+                    f"tensors below its classifier: {len(keys)} are {what} ({name_some(keys)})"
+                )
         # Filled in place: torchvision's own state_dict carries versions that some CNNs ask for.
         own.update({key: state[key] for key in own if key in state})
         self.cnn.load_state_dict(own)
@@ -204,6 +210,10 @@ def _preprocessing_of(name: str, weights: str) -> Preprocessing:
     kinds = torchvision.models.get_model_weights(name)
     known = kinds.__members__.get(weights) or kinds.DEFAULT
     own = known.transforms()
+    if name in ("googlenet", "inception_v3"):
+        # Their torchvision models turn ImageNet's mean and std into these before the first layer
+        # (transform_input), in a step that is no module.
+        own.mean = own.std = (0.5, 0.5, 0.5)
     return Preprocessing(
         image_size=own.crop_size[0],
         resize_size=own.resize_size[0],
@@ -217,6 +227,11 @@ def _change(own: Preprocessing, changes: PreprocessingConfig) -> Preprocessing:
     image_size = changes.image_size or own.image_size
     # A new size keeps the share of the image that is cut away.
     scaled = round(own.resize_size * image_size / own.image_size)
+    if 0 < changes.resize_size < image_size:
+        raise ConfigError(
+            f"preprocessing.resize_size ({changes.resize_size}) must be at least the image size "
+            f"({image_size}); set preprocessing.image_size too, or leave it out"
+        )
     return Preprocessing(
         resize=changes.resize,
         image_size=image_size,
@@ -239,12 +254,19 @@ def _read_weights(name: str, weights: str) -> tuple[str, dict[str, Tensor]]:
         )
     chosen = kinds[weights]
     try:
-        return chosen.url, chosen.get_state_dict(progress=True, check_hash=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        state = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except Exception as error:  # see _read_state_dict
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(chosen.url).name)
+        if file.is_file():
+            raise WeightsError(
+                f"{file}: not the weights of {chosen.url} ({_reason(error)}); delete it, and it "
+                "is downloaded again"
+            ) from None
         raise WeightsError(
-            f"encoder.weights: {chosen.url} can't be downloaded ({error}); with no network, copy "
-            "the file here and give its path as encoder.weights"
+            f"encoder.weights: {chosen.url} can't be downloaded ({_reason(error)}); with no "
+            "network, copy the file here and give its path as encoder.weights"
         ) from None
+    return chosen.url, state
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -253,18 +275,35 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = safetensors.torch.load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # guesses about what the file is
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    # torch's reader raises almost anything on damaged files and on those that are something else.
+    except Exception as error:
         raise WeightsError(
-            f"{path}: not a plain state_dict of tensors ({str(error).splitlines()[0]}); files that "
-            "need code to load are refused"
+            f"{path}: not a plain state_dict of tensors ({_reason(error)}); files that need code "
+            "to load are refused"
         ) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise WeightsError(f"{path}: a state_dict (tensors by name) was expected")
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why a weights file can't be read."""
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own message advises to load the file in the way that runs code from it.
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted:
+            return f"it calls {wanted[1]}"
+    elif isinstance(error, OSError | RuntimeError | SafetensorError):
+        return str(error).split("\n")[0]
+    return "it is damaged or of another format"
 
 
 def _channels(values: tuple[float, ...]) -> Tensor:
