@@ -8,7 +8,7 @@ from pathlib import Path
 from captioner.annotations import ImageId, read_annotations
 from captioner.captioner import Captioner
 from captioner.config import SearchConfig
-from captioner.errors import DataError
+from captioner.errors import DataError, name_some
 from captioner.images import in_batches, load_pixels
 from captioner.progress import Progress, say
 
@@ -43,7 +43,7 @@ def find_images(folder: str | Path) -> list[ImageFile]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     found, others = [], 0
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_report):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(parent) / name
@@ -55,8 +55,12 @@ def find_images(folder: str | Path) -> list[ImageFile]:
     if not found:
         raise DataError(f"{folder}: no image files (of {others} files none ends in .jpg, .png, …)")
     if others:
-        say(f"{folder}: {others} files are passed over because they are no images by their suffix")
+        say(f"{folder}: {others} files are passed over: hidden, or no images by their suffix")
     return found
+
+
+def _report(error: OSError) -> None:
+    say(f"warning: {error.filename}: this folder can't be read ({error.strerror}); it is left out")
 
 
 def listed_images(
@@ -68,8 +72,13 @@ def listed_images(
         DataError: The file can't be read, or lists no file names.
     """
     images = read_annotations(annotations, split).images
-    if not images or not all(image.file_name for image in images):
-        raise DataError(f"{annotations}: every image must have a 'file_name'; it lists no images")
+    nameless = [image.image_id for image in images if not image.file_name]
+    if nameless:
+        raise DataError(
+            f"{annotations}: {len(nameless)} images have no 'file_name' (ids {name_some(nameless)})"
+        )
+    if not images:
+        raise DataError(f"{annotations}: it lists no images")
     return [
         ImageFile(image.image_id, str(image.file_name), Path(folder) / str(image.file_name))
         for image in images

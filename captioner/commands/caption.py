@@ -1,6 +1,7 @@
 """``captioner caption``: caption a folder of images."""
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,8 +49,23 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=-1, help="processes that read images; -1 is one a core"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float32"])
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "bfloat16", "float32"],
+        help="auto is bfloat16 where the device computes in it",
+    )
     return parser
+
+
+def _refuse_unwritable(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"--output {path}: can't be written ({error.strerror})") from None
+    if path.is_dir():
+        raise UsageError(f"--output {path}: this is a folder, a file was expected")
 
 
 @command
@@ -61,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--split chooses among the images of --annotations, which is missing")
     if args.batch_size < 1:
         raise UsageError(f"--batch-size: at least 1 was expected, found {args.batch_size}")
+    _refuse_unwritable(args.output)
 
     from captioner.captioner import Captioner
     from captioner.folder import caption_files, find_images, listed_images
