@@ -52,7 +52,10 @@ class Features:
 
     def take(self, indices: Sequence[int]) -> torch.Tensor:
         """Return the features of these images: (B, N, D), float16. N is 1 for pooled ones."""
-        return torch.from_numpy(self.store[self.rows[list(indices)]])
+        rows = self.rows[list(indices)]
+        if (rows < 0).any():
+            raise IndexError("an image that couldn't be read has no features")
+        return torch.from_numpy(self.store[rows])
 
 
 def default_cache_dir() -> Path:
@@ -92,8 +95,7 @@ def cached_features(
     store = _Store(Path(cache_dir), fingerprint, (1 if pooled else regions, width))
     keys = [_file_key(path) for path in paths]
     failures = [(i, f"{path}: no such file") for i, path in enumerate(paths) if keys[i] is None]
-    with store.locked():
-        known = store.open_for_append()
+    with store.locked(), store.opened_for_append() as known:
         missing = {key: i for i, key in enumerate(keys) if key is not None and key not in known}
         if missing:
             store.refuse_if_too_large(len(missing))
@@ -107,7 +109,6 @@ def cached_features(
                         rows = grid.mean(1, keepdim=True) if pooled else grid
                         store.append([keys[i] for i in batch.indices], _to_float16(rows))
                     bar.update(len(batch.indices) + len(batch.failures))
-        store.close()
     report_failures(failures, len(paths), bad_images)
     index = np.array([store.row_of.get(key, -1) for key in keys], dtype=np.int64)
     return Features(store.map_rows(), index)
@@ -167,8 +168,9 @@ class _Store:
         self.shape, self.row_bytes = shape, 2 * shape[0] * shape[1]
         self.row_of: dict[FileKey | None, int] = {}
         self._rows = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_meta()
+        with self._disk_errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_meta()
 
     def _check_meta(self) -> None:
         path = self.folder / "meta.json"
@@ -198,10 +200,21 @@ class _Store:
         finally:
             lock.release()
 
-    def open_for_append(self) -> dict[FileKey | None, int]:
-        """Read the index, cut off what a killed process left half written, open both files."""
-        self._data = open(self.folder / "features.f16", "ab")
-        self._index = open(self.folder / "index.jsonl", "ab+")
+    @contextlib.contextmanager
+    def opened_for_append(self) -> Iterator[dict[FileKey | None, int]]:
+        """Open both files, read the index, cut off what a killed process left half written."""
+        with self._disk_errors():
+            self._data = (self.folder / "features.f16").open("ab")
+            self._index = (self.folder / "index.jsonl").open("ab+")
+        try:
+            self._read_index()
+            yield self.row_of
+        finally:
+            for file in (self._data, self._index):
+                with contextlib.suppress(OSError):  # append has flushed all that counts
+                    file.close()
+
+    def _read_index(self) -> None:
         self._index.seek(0)
         whole_rows = self._data.tell() // self.row_bytes
         good_bytes = 0
@@ -212,24 +225,30 @@ class _Store:
             self.row_of[key] = self._rows
             self._rows += 1
             good_bytes += len(line)
-        self._index.truncate(good_bytes)
-        self._data.truncate(self._rows * self.row_bytes)
-        return self.row_of
+        for file, whole in ((self._index, good_bytes), (self._data, self._rows * self.row_bytes)):
+            if os.fstat(file.fileno()).st_size > whole:
+                file.truncate(whole)
 
     def append(self, keys: Sequence[FileKey | None], rows: np.ndarray) -> None:
         """Write rows (B, N, D), float16, and only when they are on disk their index lines."""
-        self._data.write(rows.tobytes())
-        _to_disk(self._data)
-        self._index.write(b"".join(json.dumps(key).encode() + b"\n" for key in keys))
-        _to_disk(self._index)
+        with self._disk_errors():
+            self._data.write(rows.tobytes())
+            _to_disk(self._data)
+            self._index.write(b"".join(json.dumps(key).encode() + b"\n" for key in keys))
+            _to_disk(self._index)
         for key in keys:
             self.row_of[key] = self._rows
             self._rows += 1
 
-    def close(self) -> None:
-        """Close both files."""
-        self._data.close()
-        self._index.close()
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(
+                f"{self.folder}: can't be written ({error.strerror}); make room, or set "
+                "data.cache_dir to another folder"
+            ) from None
 
     def map_rows(self) -> np.ndarray:
         """Return all rows, memory-mapped: (rows, N, D), float16."""
@@ -253,7 +272,7 @@ class _Store:
 def _parse_key(line: bytes) -> FileKey | None:
     try:
         path, size, mtime = json.loads(line)
-    except ValueError:
+    except (ValueError, TypeError):
         return None
     return (path, size, mtime) if line.endswith(b"\n") else None
 
