@@ -19,7 +19,12 @@ class Main(Protocol):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each option's default and keeps the description's own line breaks."""
+    """Shows defaults, where there are any, and keeps the description's own line breaks."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def command(main: Main) -> Main:
@@ -32,7 +37,10 @@ def command(main: Main) -> Main:
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv)
+            try:
+                return main(argv)
+            finally:
+                sys.stdout.flush()  # a closed pipe must show here, not when Python ends
         except CaptionerError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
