@@ -170,7 +170,7 @@ class ShowAttendTell(Decoder):
 
     def start(self, features: Tensor) -> tuple[Memory, State]:
         """See ``Decoder.start``: memory is the features and their attention keys."""
-        features = self.feature(features)
+        features = self.dropout(self.feature(features))
         initial = torch.tanh(self.initial(features.mean(1)))  # (B, S * L * H)
         state = initial.view(len(features), 1, -1, self.config.hidden_size)
         keys = self.key(features)

@@ -31,6 +31,8 @@ class Encoder(nn.Module):
     Args:
         name: The CNN by its torchvision name.
         preprocessing: What is done to its images; mean and std are applied in here.
+        last_stage: The stage whose output is taken as the features; those after it are left
+            out. An earlier one has a finer grid. "" takes the last one there is.
 
     Attributes:
         stages: Names of the parts in running order, for fine-tuning ("layer3", "features.14").
@@ -43,10 +45,18 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, preprocessing: Preprocessing) -> None:
+    def __init__(self, name: str, preprocessing: Preprocessing, last_stage: str = "") -> None:
         super().__init__()
-        self.name, self.preprocessing = name, preprocessing
-        self.cnn, self.stages = _without_head(_build(name), name)
+        self.name, self.preprocessing, self.last_stage = name, preprocessing, last_stage
+        self.cnn, stages = _without_head(_build(name), name)
+        self.stages = stages
+        if last_stage:
+            self._refuse_unknown_stage("last_stage", last_stage)
+            self.stages = stages[: stages.index(last_stage) + 1]
+        self._left_out = tuple(f"{stage}." for stage in stages[len(self.stages) :])
+        for stage in stages[len(self.stages) :]:
+            parent, _, child = stage.rpartition(".")
+            delattr(self.cnn.get_submodule(parent), child)
         self.register_buffer("mean", _channels(preprocessing.mean), persistent=False)
         self.register_buffer("std", _channels(preprocessing.std), persistent=False)
         self._trained: list[str] = []
@@ -75,9 +85,8 @@ class Encoder(nn.Module):
         Raises:
             ConfigError: No such stage; the message lists them.
         """
-        if stage not in ("", "all", *self.stages):
-            hint = did_you_mean(stage, self.stages) or f"; there are {', '.join(self.stages)}"
-            raise ConfigError(f"encoder.fine_tune_from: {self.name} has no stage '{stage}'{hint}")
+        if stage not in ("", "all"):
+            self._refuse_unknown_stage("fine_tune_from", stage)
         start = {"": len(self.stages), "all": 0}.get(stage)
         start = self.stages.index(stage) if start is None else start
         self._trained = self.stages[start:]
@@ -89,6 +98,11 @@ class Encoder(nn.Module):
                 f"encoder.fine_tune_from: {self.name} has nothing to train from '{stage}' on"
             )
         self.train(self.training)
+
+    def _refuse_unknown_stage(self, setting: str, stage: str) -> None:
+        if stage not in self.stages:
+            hint = did_you_mean(stage, self.stages) or f"; there are {', '.join(self.stages)}"
+            raise ConfigError(f"encoder.{setting}: {self.name} has no stage '{stage}'{hint}")
 
     @property
     def frozen(self) -> bool:
@@ -119,6 +133,7 @@ class Encoder(nn.Module):
         other = [key for key in own if key in state and state[key].shape != own[key].shape]
         # ResNet-50's tensors are all in ResNet-101, by name and shape.
         more = [key for key in state if key not in own and key.split(".")[0] not in HEADS]
+        more = [key for key in more if not key.startswith(self._left_out)]
         for keys, what in ((missing, "missing"), (other, "of another shape"), (more, "too many")):
             if keys:
                 raise WeightsError(
@@ -137,6 +152,7 @@ class Encoder(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return {
             "encoder": self.name,
+            "last_stage": self.last_stage,
             "weights_sha256": digest.hexdigest(),
             "preprocessing": self.preprocessing.to_dict(),
         }
@@ -156,16 +172,19 @@ class Encoder(nn.Module):
         return regions, width
 
 
-def make_encoder(name: str, weights: str, changes: PreprocessingConfig | None = None) -> Encoder:
+def make_encoder(
+    name: str, weights: str, changes: PreprocessingConfig | None = None, last_stage: str = ""
+) -> Encoder:
     """Build an encoder with its weights and the preprocessing that belongs to them.
 
     Args:
         name: A torchvision classification CNN.
         weights: A torchvision weights name, the path of a state_dict file, or "none".
         changes: What is to differ from the weights' own preprocessing.
+        last_stage: See ``Encoder``.
     """
     preprocessing = _change(_preprocessing_of(name, weights), changes or PreprocessingConfig())
-    encoder = Encoder(name, preprocessing)
+    encoder = Encoder(name, preprocessing, last_stage)
     encoder.load_weights(weights)
     return encoder
 

@@ -90,6 +90,7 @@ def save_checkpoint(model: CaptionModel, directory: Path, scores: dict[str, Any]
             "captioner": __version__,
             "encoder": {
                 "name": model.encoder.name,
+                "last_stage": model.encoder.last_stage,
                 "preprocessing": model.encoder.preprocessing.to_dict(),
             },
             "decoder": dataclasses.asdict(model.decoder.config),
@@ -120,6 +121,7 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu") -
         encoder = Encoder(
             config["encoder"]["name"],
             parse(Preprocessing, config["encoder"]["preprocessing"], "preprocessing"),
+            str(config["encoder"]["last_stage"]),
         )
         model = CaptionModel(
             encoder,

@@ -173,7 +173,8 @@ def _make_model(config: Config, train_set: CaptionDataset, resumed: Path | None)
                 "captions have changed since, so this run can't be resumed"
             )
     else:
-        encoder = make_encoder(config.encoder.name, config.encoder.weights, config.preprocessing)
+        cnn = config.encoder
+        encoder = make_encoder(cnn.name, cnn.weights, config.preprocessing, cnn.last_stage)
         model = CaptionModel(encoder, config.decoder, vocabulary, config.search)
     model.encoder.fine_tune_from(config.encoder.fine_tune_from)
     say(

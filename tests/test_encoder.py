@@ -154,6 +154,26 @@ def test_the_grid_is_measured_at_the_image_size():
     assert Encoder("resnet18", Preprocessing("squash", 100, 100)).grid_shape == (16, 512)
 
 
+@pytest.mark.parametrize(("name", "stage"), [("resnet18", "layer2"), ("vgg16", "features.29")])
+def test_an_earlier_stage_gives_its_own_output_and_takes_whole_weights(name, stage, pixels):
+    torch.manual_seed(0)
+    model = moved(torchvision.models.get_model(name, weights=None)).eval()
+    encoder = Encoder(name, SMALL, stage).eval()
+    encoder._load(model.state_dict(), "weights")
+    outputs = []
+    model.get_submodule(stage).register_forward_hook(lambda *seen: outputs.append(seen[2]))
+    normalize = torchvision.transforms.Normalize(SMALL.mean, SMALL.std)
+    with torch.inference_mode():
+        model(normalize(pixels.float() / 255))
+        grid = encoder(pixels)
+    assert encoder.grid_shape == tuple(grid.shape[1:])
+    expected = outputs[0].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(grid, expected, rtol=1e-4, atol=1e-4)
+    assert encoder.stages[-1] == stage
+    with pytest.raises(ConfigError, match="last_stage"):
+        Encoder(name, SMALL, "layer9")
+
+
 # --- preprocessing --------------------------------------------------------------------------
 
 
