@@ -103,8 +103,8 @@ class EncoderConfig:
         name: A torchvision classification CNN by its torchvision name.
         weights: A torchvision weights name ("DEFAULT", "IMAGENET1K_V1", …), the path of a
             state_dict file, or "none" for random weights.
-        last_stage: The stage whose output is the features; "" takes the last. An earlier one has a
-            finer grid: vgg16's "features.29" is 14 x 14 regions at 224 pixels, as in Xu et al. 2015.
+        last_stage: The stage whose output is the features; "" takes the last. An earlier one has
+            a finer grid: vgg16's "features.29" is 14 x 14 regions of 224 pixels (Xu et al. 2015).
         fine_tune_from: The first stage that is trained ("layer3", "features.14"); "" freezes all.
             "all" trains the whole CNN.
         learning_rate: Peak learning rate of the trained stages.
