@@ -151,7 +151,6 @@ class _Beams:
         done = (reachable.masked_fill(~alive, -torch.inf).amax(1) <= finished) | ~alive.any(1)
         if not bool(done.any()):
             return None
-        self.scores.masked_fill_(alive & done.unsqueeze(1), -torch.inf)
         self._keep(done.nonzero().squeeze(1))
         left = (~done).nonzero().squeeze(1)
         for name in ("images", "token_ids", "scores", "ended"):
