@@ -356,17 +356,16 @@ def test_a_killed_process_is_continued(encoder, paths, tmp_path):
 
 
 def test_two_processes_at_once_encode_each_image_once(encoder, paths, tmp_path):
-    both = [start(paths, tmp_path / "cache") for _ in range(2)]
-    for process in both:
-        assert process.stdout.readline() == "ready\n"
-    for process in both:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    said = [process.communicate(timeout=60) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert said[0][0] == said[1][0]
-    assert rows_on_disk(only_store(tmp_path / "cache")) == COUNT
+    paths = sorted(paths)
+    other = start(paths, tmp_path / "cache")
+    assert other.stdout.readline() == "ready\n"
+    other.stdin.write("go\n")
+    other.stdin.flush()
     features = get(encoder, paths, tmp_path / "cache")
+    said, errors = other.communicate(timeout=60)
+    assert other.returncode == 0, errors
+    assert json.loads(said) == features.rows.tolist()
+    assert rows_on_disk(only_store(tmp_path / "cache")) == COUNT
     assert_close(features.take(range(COUNT)), fresh(encoder, paths))
 
 
@@ -384,31 +383,22 @@ def test_too_little_room_is_said_before_anything_is_encoded(encoder, paths, tmp_
     assert rows_on_disk(only_store(tmp_path / "cache")) == COUNT - 1
 
 
-FULL_DISK = """
-import resource, signal, sys
-sys.path.insert(0, sys.argv[1])
-import test_features
-from captioner.errors import CacheError
-encoder = test_features.make_tiny_encoder()
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-row = 2 * encoder.grid_shape[0] * encoder.grid_shape[1]
-resource.setrlimit(resource.RLIMIT_FSIZE, (40 * row, 40 * row))
-from pathlib import Path
-try:
-    test_features.get(encoder, sorted(Path(sys.argv[2]).iterdir()), sys.argv[3])
-except CacheError as error:
-    print("CacheError", error)
-"""
+@pytest.fixture
+def limit_file_size():
+    """What lets files grow to so many bytes and no further, until the test ends."""
+    resource = pytest.importorskip("resource")  # POSIX
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="limits on file sizes are POSIX's")
-def test_a_disk_that_fills_up_leaves_what_was_whole(encoder, paths, tmp_path):
-    command = [sys.executable, "-W", "error", "-c", FULL_DISK, Path(__file__).parent]
-    command += [paths[0].parent, tmp_path / "cache"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+def test_a_disk_that_fills_up_leaves_what_was_whole(encoder, paths, tmp_path, limit_file_size):
+    limit_file_size(40 * 2 * encoder.grid_shape[0] * encoder.grid_shape[1])
+    with pytest.raises(CacheError) as caught:
+        get(encoder, paths, tmp_path / "cache")
+    limit_file_size()
     store = only_store(tmp_path / "cache")
-    assert ran.stdout.startswith(f"CacheError {store}: can't be written (File too large)")
-    assert ran.stderr == ""
+    assert str(caught.value).startswith(f"{store}: can't be written (File too large)")
     assert len((store / "index.jsonl").read_bytes().splitlines()) == 32
     features = get(encoder, paths, tmp_path / "cache")
     assert rows_on_disk(store) == COUNT
