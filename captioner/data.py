@@ -113,7 +113,7 @@ def _with_words(images: Sequence[AnnotatedImage], source: str) -> list[Annotated
         if captions:
             kept.append(AnnotatedImage(image.image_id, image.file_name, captions))
     if wordless:
-        say(f"warning: {source}: {wordless} captions without a word (a-z, 0-9) are left out")
+        say(f"warning: {source}: {wordless} captions without a word are left out")
     return kept
 
 

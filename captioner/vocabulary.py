@@ -22,11 +22,14 @@ class Vocabulary:
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = tuple(words)
-        self._ids = {word: number for number, word in enumerate(self.words)}
-        if self.words[:4] != SPECIAL_WORDS or len(self._ids) != len(self.words):
+        if self.words[:4] != SPECIAL_WORDS or len(set(self.words)) != len(self.words):
             raise CheckpointError(
                 f"vocabulary: it must begin with {' '.join(SPECIAL_WORDS)} and hold no word twice"
             )
+        # A caption that spells out a special word means none: it mustn't end there.
+        self._ids = {
+            word: number for number, word in enumerate(self.words) if number >= len(SPECIAL_WORDS)
+        }
 
     @classmethod
     def from_captions(cls, captions: Iterable[str], min_count: int = 1) -> "Vocabulary":

@@ -96,7 +96,7 @@ def test_images_without_a_file_name_are_refused(folder):
 
 
 def test_what_is_left_out_is_reported(folder, capsys):
-    rows = [(1, "1.jpg", ["a dog", " "]), (2, "2.jpg", ["?!", "一只狗"]), (3, "3.jpg", [])]
+    rows = [(1, "1.jpg", ["a dog", " "]), (2, "2.jpg", ["...", "``"]), (3, "3.jpg", [])]
     write_split(folder, "train", rows)
     data = load(folder)
     assert data.references == {1: ["a dog"]}
