@@ -30,7 +30,6 @@ from captioner.annotations import ImageId, read_json
 from captioner.errors import DataError, UsageError, did_you_mean, name_some
 from captioner.files import atomic_directory, write_json
 from captioner.progress import Progress
-from captioner.tokenizer import tokenize
 
 SPLITS = ("train", "val", "test")
 SIZES = ("small", "large")
@@ -510,6 +509,7 @@ def _object(name: str) -> str:
     )
 
 
+_WORD = re.compile(r"\w+")
 _BESIDE = r"(?:(?:to|on|at) the )?(?P<beside>left|right)(?: side)? of"
 _OVER = r"(?P<over>above|over|below|under|underneath|beneath)"
 _IS = r"(?:is|lies|sits|stands)"
@@ -543,7 +543,7 @@ def parse_caption(caption: str) -> Statement | None:
     Case and punctuation don't matter. The grammar is wider than ``captions_of``: its parts may be
     mixed, sizes and colours left out, and a few other words for the same are known.
     """
-    text = " ".join(tokenize(caption))
+    text = " ".join(_WORD.findall(caption.lower()))
     match = next(filter(None, (sentence.fullmatch(text) for sentence in _SENTENCES)), None)
     if match is None:
         return None
