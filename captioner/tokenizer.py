@@ -29,25 +29,24 @@ import re
 import unicodedata
 from functools import lru_cache
 
-PUNCTUATION = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())  # what the COCO code drops
-
 # --- step 1: kinds of characters ----------------------------------------------------------------
 
-_LETTER, _SYMBOL, _UNKNOWN, _HYPHEN, _SUPERSCRIPT = "é§\0‐²"
+_LETTER, _MARK, _SYMBOL, _UNKNOWN, _HYPHEN, _SUPERSCRIPT = "é\u0301§\0‐²"
 _SHAPES = {
     **dict.fromkeys("\t\n\v\f\r\x85\xa0\u2028\u2029\u3000", " "),
     **dict.fromkeys(map(chr, range(0x2000, 0x200B)), " "),
-    **dict.fromkeys("\x92’›", "'"),
-    **dict.fromkeys("\x91‘‛‹", "`"),
-    **dict.fromkeys("\x93\x94“”«»", '"'),
+    **dict.fromkeys("\x92’", "’"),
+    **dict.fromkeys("\x91‘‛", "‘"),
+    **dict.fromkeys("\x93\x94“”«»‹›", "”"),
     **dict.fromkeys("\x96\x97–—―", "—"),
+    "…": "…",
     **dict.fromkeys("\u058a‐‑", _HYPHEN),
     **dict.fromkeys("¹²³⁰⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉", _SUPERSCRIPT),
-    **dict.fromkeys("¢£€\x80¤₠…¼½¾⅓⅔", _SYMBOL),
+    **dict.fromkeys("¢£€\x80¤₠¼½¾⅓⅔", _SYMBOL),
 }
 _OTHER_SYMBOLS = re.compile(
     "[¡¥-©¬®-´¶¸¹¿×÷;·։־׀׃׆׳״\u0600-\u0603\u0606-\u060c؛؞؟٪٭۔܀-܍߶-߸।॥฿๏᾽‖‗‚„-‣‰-‸※‾-⁂⁄⁺-⁾₊-₎₤"
-    "℀℁℃-℆℈℉℔№-℘℞-℡℣℥℧℩℮℺℻⅀-⅄⅊-⅍⅏⅕-⅞←-⯿、。〒・！-／：-＠［-｀｛-･￠￡￥￦]"
+    "℀℁℃-℆℈℉℔№-℘℞-℣℥℧℩℮℺℻⅀-⅄⅊-⅍⅏⅕-⅞←-⯿、。〒・！-／：-＠［-｀｛-･￠￡￥￦]"
 )
 
 
@@ -61,16 +60,14 @@ class _Shapes(dict[int, str]):
             shape = character
         elif category == "Nd" and code < 0x10000:
             shape = "0"
-        elif code < 0x10000 and (character.isalpha() or self._joins_letters(code, category)):
+        elif code < 0x10000 and character.isalpha():
             shape = _LETTER
+        elif (category in ("Mn", "Mc") and code < 0x0F00) or 0x02C2 <= code <= 0x0385:
+            shape = _MARK
         else:
             shape = _SYMBOL if _OTHER_SYMBOLS.match(character) else _UNKNOWN
         self[code] = shape
         return shape
-
-    @staticmethod
-    def _joins_letters(code: int, category: str) -> bool:
-        return category in ("Mn", "Mc") and code < 0x0F00 or 0x02C2 <= code <= 0x0385
 
 
 _shape_table = _Shapes({ord(character): shape for character, shape in _SHAPES.items()})
@@ -79,12 +76,15 @@ _shape_table = _Shapes({ord(character): shape for character, shape in _SHAPES.it
 
 _E = f"[A-Za-z{_LETTER}]"  # a letter
 _W = f"[A-Za-z0-9{_LETTER}]"  # a letter or digit
-_WORD = f"{_E}{_W}*(?:[.!?]{_E}{_W}*)*"
-_CLITIC = "'(?:[msdMSD]|re|ve|ll|RE|VE|LL)"
+_PART = f"[A-Za-z{_LETTER}{_MARK}][A-Za-z0-9{_LETTER}{_MARK}]*"
+_WORD = f"{_PART}(?:[.!?]{_PART})*"
+_A = "['’]"  # an apostrophe
+_Q = "['’`‘]"  # or what may be meant as one
+_CLITIC = "(?:[msdMSD]|re|ve|ll|RE|VE|LL)"
 _NUMBER = r"(?:\d*(?:[.:,]\d+)+|\d+)"
 _ACRONYM = r"[A-Za-z](?:\.[A-Za-z])+"
 _SLASHED = "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
-_COMPOUND_PART = f"(?:[dDoOlL]['`]{_W})?{_W}+"
+_COMPOUND_PART = f"(?:[dDoOlL]{_Q}{_W})?{_W}+"
 
 # Found by trying all words of up to four letters and the vocabulary of real captions.
 _ABBREVIATIONS = """
@@ -98,6 +98,10 @@ _ABBREVIATIONS = """
 """
 _CAPITALISED_ABBREVIATIONS = "Az La Pa Ark Del Ill Ore Tex Mass Miss Wash"
 _ABBREVIATIONS_OF_NUMBERS = "ca no op pp art fig nos figs prop"
+_FILE_SUFFIXES = """
+    bat bmp c cgi cpp dll doc docx exe gif gz h htm html jar java jpeg jpg mov mp3 pdf php pl png
+    ppt ps py sql tar txt wav x xml zip
+"""
 _SENTENCE_STARTERS = """
     A About According Additionally After An As At But Earlier He Her Here However If In It Last Many
     More Now Once One Other Our She Since So Some Such That The Their Then There These They This We
@@ -121,29 +125,35 @@ _RULES = tuple(
         ("(?i:lem|gim)", "(?i:me)"),
         ("'[tT]", "(?i:is|was)"),
         # Words: "dog", "dog" before "'s", "do" before "n't", the clitics themselves.
-        (_WORD, _CLITIC),
-        ("[A-Za-z]*[A-MO-Za-mo-z]", "[nN]'[tT]"),
+        (_WORD, f"{_A}{_CLITIC}"),
+        ("[A-Za-z]*[A-MO-Za-mo-z]", f"[nN]{_A}[tT]"),
         (_WORD, ""),
-        (_CLITIC, "[^A-Za-z]"),
-        ("[nN]'[tT]", "[^A-Za-z]"),
+        (f"'{_CLITIC}", "[^A-Za-z]"),
+        (f"’{_CLITIC}", ""),
+        (f"[nN]{_A}[tT]", "[^A-Za-z]"),
         # Apostrophes inside and before words.
-        ("'[nN]'?", ""),
-        ("[lLdDjJyY]'", ""),
-        ("(?i:dunkin'|somethin'|ol'|'em|c'mon|'till?|'cause|nor'easter|e'er|s'mores)", ""),
-        ("(?i:ev'ry|li'l|nat'l|cap'n|c'est)", ""),
-        (f"{_E}+[aeiouyAEIOUY]['`][aeiouA-Z]{_E}*", ""),
-        ("['`][2-9]0s", ""),
-        ("'[0-9][0-9]", " "),
-        # Addresses, files, names and tags.
-        (r'https?://[^ "<>|()]+[^ "<>|.!?(){},-]', ""),
-        (r'(?:www\.(?:[^ "<>|.!?(){},]+\.)+[a-zA-Z]{2,4})(?:/[^ "<>|()]+[^ "<>|.!?(){},-])?', ""),
+        ("'n", " "),
+        ("’n", ""),
+        (f"{_A}n{_A}|[lLdDjJ]{_A}|{_A}[2-9]0s", ""),
+        (f"[yY]{_A}", _E),
+        (f"(?i:dunkin{_A}|somethin{_A}|ol{_A}|{_A}em|{_A}till?|{_A}cause|cap{_A}n|c{_A}est)", ""),
+        ("(?i:c'mon|nor'easter|e'er|s'mores|ev'ry|li'l|nat'l)", ""),
+        (f"{_E}+[aeiouyAEIOUY]{_Q}[aeiouA-Z]{_E}*|[A-HJ-XZn]{_Q}{_E}{{2,}}", ""),
+        (f"{_A}[0-9][0-9]", " "),
+        # Addresses, files, names, tags. The odd range ",-_" is the Java tool's.
+        (r'(?i:https?)://[^ "<>|()]+[^ "<>|.!?(){},-]', ""),
+        (rf"{_W}+(?:\.{_W}+)*\.(?i:{_any_of(_FILE_SUFFIXES)})", "[^A-Za-z0-9]"),
+        (r'www\.(?:[^ "<>|.!?(){},]+\.)+[a-zA-Z]{2,4}', ""),
+        (r'www\.(?:[^ "<>|.!?(){},]+\.)+[a-zA-Z]{2,4}/[^ "<>|()]+[^ "<>|.!?(){},-]', ""),
+        (r"(?:[^ \"`'!(){|},-_$]+\.)+(?:com|net|org|edu)", ""),
         (
-            r"(?:[^ \"`'<>|.!?(){},\-$]+\.)+(?:com|net|org|edu)(?:/[^ \"<>|()]+[^ \"<>|.!?(){},-])?",
+            r"(?:[^ \"`'!(){|},-_$]+\.)+(?:com|net|org|edu)"
+            r'/[^ "<>|()]+[^ "<>|.!?(){},-]',
             "",
         ),
-        (r'[a-zA-Z0-9][^ "<>|()]*@(?:[^ "<>|().]+\.)+[a-zA-Z]{2,4}', ""),
+        (r'<?[a-zA-Z0-9][^ "<>|()]*@(?:[^ "<>|().]+\.)*[^ "<>|().]+>?', ""),
         (f"@[a-zA-Z_][a-zA-Z_0-9]*|#{_E}+", ""),
-        (r"</?[A-Za-z!?][^<>]*>", ""),
+        (r"</?[A-Za-z][^ <>]*(?: +[A-Za-z][^<>]*)?>|<[!?][A-Za-z-][^<>]*>", ""),
         # Numbers, fractions, telephone numbers, money.
         (f"[-+]?{_NUMBER}", ""),
         (r"(?:\d{1,4}[- ])?\d{1,4}/\d{1,4}", ""),
@@ -156,36 +166,50 @@ _RULES = tuple(
         (f"{_any_of(_CAPITALISED_ABBREVIATIONS)}\\.", ""),
         (f"(?i:{_any_of(_ABBREVIATIONS_OF_NUMBERS)})\\.", " ?[0-9]"),
         (r"[A-Za-z]\.", ""),
-        (r"[A-Za-z]", rf"\. +(?i:{_any_of(_SENTENCE_STARTERS)}) "),
+        (r"[A-Za-z]", rf"\. +{_any_of(_SENTENCE_STARTERS + _SENTENCE_STARTERS.upper())} "),
         (rf"(?:{_ACRONYM}|Ph\.D|Ed\.D)\.", ""),
-        (f"{_WORD}\\.", "[,;:]"),
+        (f"(?:{_WORD}|{_W}+)\\.", "[,;:]"),
         # Compounds: "and/or", "o'clock", "black-and-white", "AT&T", "1,000-foot", "U.S.-made".
         (f"{_SLASHED}(?:/{_SLASHED}){{1,2}}", ""),
         (f"{_COMPOUND_PART}(?:[-_{_HYPHEN}]{_COMPOUND_PART})*", ""),
         ("[A-Z]+(?:[+&][A-Z]+)+", ""),
-        (rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:[A-Za-z0-9]+|{_ACRONYM}\.))+", "[^a-zA-Z0-9.+]"),
-        (r"pro-|anti-|S&P-500|S&Ls|C\.D\.s|-[LR][RCS]B-", ""),
+        (rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:{_ACRONYM}\.|[A-Za-z0-9]+))+", ""),
+        (r"pro-|anti-|S&P-500|S&Ls|C\.D\.s|-(?i:[lr][rcs]b)-|[cC]\+\+|[cCfF]#", ""),
         # Punctuation that hangs together, then any single character.
-        (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^A-Za-z]"),
-        (r"[\^x=~<>]\.[\^x=~<>]|[-^x=~<>']_[-^x=~<>']", ""),
+        (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^A-Za-z0-9]"),
+        (r"[-^x=~<>']_[-^x=~<>']", ""),
         (r"\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", ""),
-        (r"\.{3,5}|(?:\. ){2,4}\.|[?!]+|-+|_+|\*+|#+|<<|>>|''|``|" + f"{_SUPERSCRIPT}+", ""),
+        (
+            r"\.{3,5}|(?:\. ){2,4}\.|[?!]+|-+|_+|\*+|(?:\\\*){1,3}|#+|@+|<<|>>|''|[’`‘”]{1,2}|"
+            + f"{_SUPERSCRIPT}+",
+            "",
+        ),
         (".", ""),
     )
 )
 
 # --- step 3: how tokens are written ---------------------------------------------------------------
 
+
+def _pairs(characters: str, written: str) -> dict[str, str]:
+    return dict(zip(characters, written.split(), strict=True))
+
+
 _WRITTEN = {
-    **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"},
-    **{"¢": "cents", "£": "#", "€": "$", "\x80": "$", "¤": "$", "₠": "$"},
-    **{"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"},
+    **_pairs("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-"),
+    **_pairs("¢£€\x80¤₠", "cents # $ $ $ $"),
+    **_pairs("¼½¾⅓⅔", "1/4 1/2 3/4 1/3 2/3"),
+    **_pairs('"\x96\x97–—―…', "'' -- -- -- -- -- ..."),
 }
-_CLITIC_ENDINGS = frozenset("s m d S M D re ve ll RE VE LL".split())
+_WRITTEN_QUOTES = _pairs("`\x91‘‛‹\x92’›\x93“«\x94”»", "` ` ` ` ` ' ' ' `` `` `` '' '' ''")
+_QUOTES = re.compile("[’`‘”]+")
+_RUN = re.compile(r"(-)-{1,3}|(\.)[. ]+")
+_CONTRACTION = re.compile(f"{_A}{_CLITIC}|[nN]{_A}[tT]")
 _SPACE = re.compile(r"\s")
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'"}
 _ENTITY = re.compile("|".join(_ENTITIES))
-_DROPPED_SHAPES = PUNCTUATION | set('"…—\0')
+# The COCO evaluation's list. Its brackets are in capitals, so that it never drops one.
+_PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", ""])
 
 # --- reading a caption ----------------------------------------------------------------------------
 
@@ -230,7 +254,7 @@ def _scan(caption: str, following: str = "") -> list[str]:
     """Cut a caption into tokens by the rules."""
     text = _ENTITY.sub(lambda match: _ENTITIES[match[0]], caption.replace("\xad", ""))
     end = len(text)
-    text = f"{text} {following.strip()} "
+    text = _SPACE.sub(" ", f"{text} {following.strip()} ")
     shape = text.translate(_shape_table)
     words, start = [], 0
     while start < end:
@@ -238,8 +262,9 @@ def _scan(caption: str, following: str = "") -> list[str]:
             start += 1
             continue
         stop = _end_of_token(shape, start)
-        if shape[start:stop] not in _DROPPED_SHAPES:
-            words.append(_written(text[start:stop], shape[start:stop]))
+        word = _written(text[start:stop], shape[start:stop])
+        if word not in _PUNCTUATION:
+            words.append(word)
         start = stop
     return words
 
@@ -255,10 +280,17 @@ def _end_of_token(shape: str, start: int) -> int:
 
 
 def _written(text: str, shape: str) -> str:
-    """Return a token the way the Treebank writes it, in lower case."""
-    if shape[0] == "'" and shape[1:] in _CLITIC_ENDINGS or shape.lower() == "n't":
-        text = shape
-    if not text.isalnum():
-        text = "".join(_WRITTEN.get(character, character) for character in text)
-        text = _SPACE.sub("\xa0", text)
-    return text.lower()
+    """Return a token the way the Treebank writes it, in lower case; "" if it is unknown."""
+    if text.isascii() and text.isalnum():
+        return text.lower()
+    if shape in (_UNKNOWN, _HYPHEN):
+        return ""
+    if _CONTRACTION.fullmatch(shape):
+        return shape.lower().replace("’", "'")
+    if _QUOTES.fullmatch(shape):
+        return "".join(_WRITTEN_QUOTES[character] for character in text)
+    if _RUN.fullmatch(shape):
+        return "--" if shape[0] == "-" else "..."
+    if len(text) > 1:  # an address with brackets in it stays as it is, a smiley doesn't
+        return text.replace("(", "-lrb-").replace(")", "-rrb-").replace(" ", "\xa0").lower()
+    return _WRITTEN.get(text, text).lower()
