@@ -1,6 +1,7 @@
 """What every command of the project shares: how it ends, and how it shows its options."""
 
 import argparse
+import errno
 import functools
 import os
 import sys
@@ -8,6 +9,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from captioner.errors import CaptionerError
+
+# What the system refuses whatever the program does.
+NO_BUGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Main(Protocol):
@@ -31,7 +35,8 @@ def command(main: Main) -> Main:
     """Turn a ``main(argv) -> exit code`` into one that ends as users expect.
 
     A ``CaptionerError`` becomes one line on standard error and its exit code (1; 2 for a usage
-    error); Ctrl-C becomes exit code 130; a closed pipe ends quietly; a bug keeps its traceback.
+    error), and so does a full or forbidden disk; Ctrl-C becomes exit code 130; a closed pipe ends
+    quietly; a bug keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -51,5 +56,10 @@ def command(main: Main) -> Main:
             # Python flushes standard output once more at exit: give it somewhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except OSError as error:
+            if error.errno not in NO_BUGS:
+                raise
+            print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+            return 1
 
     return run

@@ -57,6 +57,11 @@ class DataConfig:
         """Return the path in the field ``name``, with ``root`` before it."""
         return Path(self.root).expanduser() / Path(getattr(self, name)).expanduser()
 
+    def split(self, name: str) -> str | None:
+        """Return the split in the field ``name``, as ``read_annotations`` takes it."""
+        listed = self.path(name)
+        return str(listed) if listed.is_file() else getattr(self, name) or None
+
 
 @dataclass(frozen=True)
 class PreprocessingConfig:

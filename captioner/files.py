@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -81,7 +82,9 @@ def recover_directory(path: str | Path) -> None:
     path = Path(path)
     previous = path.with_name(f".{path.name}.previous")
     if previous.is_dir() and not path.exists():
-        os.rename(previous, path)
+        time.sleep(0.2)  # a process that lives is done between its two renames by then
+        if not path.exists():
+            os.rename(previous, path)
 
 
 def _umask() -> int:

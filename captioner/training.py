@@ -15,6 +15,7 @@ import json
 import math
 import pickle
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ def _load_splits(config: Config) -> tuple[CaptionDataset, CaptionDataset]:
         CaptionDataset.load(
             data.path(f"{split}_annotations"),
             data.path(f"{split}_images"),
-            getattr(data, f"{split}_split") or None,
+            data.split(f"{split}_split"),
             data.bad_images,
         )
         for split in ("train", "val")
@@ -129,8 +130,10 @@ def _load_state(output_dir: Path, config: Config, resume: bool) -> dict[str, Any
         ConfigError: A run is there, but it is not to be resumed.
         CheckpointError: The state can't be read, or is that of another experiment.
     """
-    recover_directory(output_dir / "last")
-    recover_directory(output_dir / "best")
+    for name in ("last", "best"):
+        recover_directory(output_dir / name)
+        for half_written in output_dir.glob(f".{name}.*.tmp"):  # by a process that was killed
+            shutil.rmtree(half_written, ignore_errors=True)
     path = output_dir / "last" / STATE
     if not resume and ((output_dir / "last").exists() or (output_dir / "best").exists()):
         raise ConfigError(
@@ -655,4 +658,5 @@ def _make_optimizer(model: CaptionModel, config: Config) -> torch.optim.Optimize
                     "peak": rate,
                 }
             )
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
+    fused = model.device.type in ("cpu", "cuda")  # one pass over the weights, not one an operation
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=fused)

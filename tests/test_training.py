@@ -54,7 +54,7 @@ kind = "show_attend_tell"
 embedding_size = 16
 hidden_size = 24
 attention_size = 8
-dropout = 0.2
+dropout = 0.1
 [training]
 epochs = 3
 batch_size = 4

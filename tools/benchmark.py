@@ -167,7 +167,7 @@ def _print(rates: dict[str, float]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; see the module's docstring."""
     parser = argparse.ArgumentParser(
-        "benchmark", description=__doc__, formatter_class=HelpFormatter
+        "benchmark.py", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, help="a trained checkpoint directory")
     parser.add_argument("annotations", type=Path, help="captions file of the images")

@@ -40,7 +40,7 @@ def draw_sheet(
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the first images of a results file."""
     parser = argparse.ArgumentParser(
-        "contact_sheet", description=__doc__, formatter_class=HelpFormatter
+        "contact_sheet.py", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("captions", type=Path, help="results file, as caption_folder.py wrote it")
     parser.add_argument("folder", type=Path, help="folder of the images")

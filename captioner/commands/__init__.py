@@ -13,6 +13,7 @@ COMMANDS = {
     "caption": "caption a folder of images",
     "evaluate": "score captions against references",
     "shapes": "draw the data set of rendered scenes",
+    "check_shapes": "say whether captions of rendered scenes are true",
     "download": "fetch COCO images, captions and the Karpathy split",
 }
 

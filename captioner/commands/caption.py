@@ -21,7 +21,7 @@ left out; the exit code is then 3.
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "caption", description=DESCRIPTION, formatter_class=HelpFormatter
+        "caption_folder.py", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint directory")
     parser.add_argument("folder", type=Path, help="folder of images")

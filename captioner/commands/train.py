@@ -20,7 +20,7 @@ The settings, their defaults and units are in captioner/config.py.
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; print the best checkpoint's validation scores."""
     parser = argparse.ArgumentParser(
-        "train", description=DESCRIPTION, formatter_class=HelpFormatter
+        "train.py", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     parser.add_argument("experiment", type=Path, help="experiment file (TOML)")
     parser.add_argument(
