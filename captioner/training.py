@@ -294,7 +294,7 @@ def _git_state() -> dict[str, Any] | None:
         commit, status = (
             subprocess.run(
                 ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-            ).stdout.strip()
+            ).stdout.rstrip()
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )
     except (OSError, subprocess.CalledProcessError):
