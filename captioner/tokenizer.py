@@ -7,7 +7,7 @@ and ``tools/make_golden_tokens.py`` compares the two.
 
 How it works, in three steps:
 
-1. ``_shape_of`` writes the caption a second time, character for character, with each exotic
+1. ``_shape_table`` writes the caption a second time, character for character, with each exotic
    character replaced by a plain one of the same kind (``ñ`` and ``猫`` by a letter, ``”`` by
    ``"``, ``👍`` by "unknown"), so that the rules need only know a few kinds.
 2. At each place every rule of ``_RULES`` is tried on the shape, and **the longest match wins**, an
@@ -85,6 +85,7 @@ _NUMBER = r"(?:\d*(?:[.:,]\d+)+|\d+)"
 _ACRONYM = r"[A-Za-z](?:\.[A-Za-z])+"
 _SLASHED = "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
 _COMPOUND_PART = f"(?:[dDoOlL]{_Q}{_W})?{_W}+"
+_COMPOUND = f"{_COMPOUND_PART}(?:[-_{_HYPHEN}]{_COMPOUND_PART})*"
 
 # Found by trying all words of up to four letters and the vocabulary of real captions.
 _ABBREVIATIONS = """
@@ -142,7 +143,6 @@ _RULES = tuple(
         (f"{_A}[0-9][0-9]", " "),
         # Addresses, files, names, tags. The odd range ",-_" is the Java tool's.
         (r'(?i:https?)://[^ "<>|()]+[^ "<>|.!?(){},-]', ""),
-        (rf"{_W}+(?:\.{_W}+)*\.(?i:{_any_of(_FILE_SUFFIXES)})", "[^A-Za-z0-9]"),
         (r'www\.(?:[^ "<>|.!?(){},]+\.)+[a-zA-Z]{2,4}', ""),
         (r'www\.(?:[^ "<>|.!?(){},]+\.)+[a-zA-Z]{2,4}/[^ "<>|()]+[^ "<>|.!?(){},-]', ""),
         (r"(?:[^ \"`'!(){|},-_$]+\.)+(?:com|net|org|edu)", ""),
@@ -168,10 +168,11 @@ _RULES = tuple(
         (r"[A-Za-z]\.", ""),
         (r"[A-Za-z]", rf"\. +{_any_of(_SENTENCE_STARTERS + _SENTENCE_STARTERS.upper())} "),
         (rf"(?:{_ACRONYM}|Ph\.D|Ed\.D)\.", ""),
-        (f"(?:{_WORD}|{_W}+)\\.", "[,;:]"),
+        (f"(?:{_WORD}|{_COMPOUND})\\.", "[,;:]"),
+        (rf"{_W}+(?:\.{_W}+)*\.(?i:{_any_of(_FILE_SUFFIXES)})", "[^A-Za-z0-9]"),
         # Compounds: "and/or", "o'clock", "black-and-white", "AT&T", "1,000-foot", "U.S.-made".
         (f"{_SLASHED}(?:/{_SLASHED}){{1,2}}", ""),
-        (f"{_COMPOUND_PART}(?:[-_{_HYPHEN}]{_COMPOUND_PART})*", ""),
+        (_COMPOUND, ""),
         ("[A-Z]+(?:[+&][A-Z]+)+", ""),
         (rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:{_ACRONYM}\.|[A-Za-z0-9]+))+", ""),
         (r"pro-|anti-|S&P-500|S&Ls|C\.D\.s|-(?i:[lr][rcs]b)-|[cC]\+\+|[cCfF]#", ""),

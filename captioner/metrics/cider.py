@@ -1,0 +1,187 @@
+"""CIDEr and CIDEr-D (Vedantam, Zitnick and Parikh, 2015).
+
+Both compare n-grams of orders 1 to 4, each weighted by how rare it is among the images (tf-idf),
+by their cosine, averaged over the orders and over the references, times 10. CIDEr-D, which the
+official tool prints as "CIDEr", clips the hypothesis's weights to the reference's and multiplies
+by a Gaussian of the difference in length, which it counts in bigrams.
+
+All captions are counted at once: an n-gram is an integer, a caption's n-grams are a stretch of
+one long sorted array, and each step below is one NumPy call over all of them.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from captioner.annotations import read_json
+from captioner.errors import DataError
+from captioner.files import write_json
+
+ORDERS = 4
+SIGMA = 6.0
+
+Captions = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class DocumentFrequencies:
+    """In how many images of a corpus each n-gram occurs.
+
+    Attributes:
+        images: The number of images in the corpus.
+        counts: For each n-gram, its words joined by spaces, the images with it in a reference.
+    """
+
+    images: int
+    counts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, references: Sequence[Captions]) -> "DocumentFrequencies":
+        """Count the n-grams in the references of each image."""
+        captions = [caption for of_image in references for caption in of_image]
+        image_of = np.repeat(np.arange(len(references)), [len(image) for image in references])
+        counts: dict[str, int] = {}
+        for table in _count_ngrams(captions):
+            counts |= zip(table.texts(), table.images_with(image_of).tolist(), strict=True)
+        return cls(len(references), counts)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_json(path, {"images": self.images, "counts": dict(self.counts)}, indent=None)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "DocumentFrequencies":
+        """Read what ``save`` wrote.
+
+        Raises:
+            DataError: The file is missing or isn't such a file.
+        """
+        content = read_json(path)
+        if not isinstance(content, dict) or not isinstance(content.get("counts"), dict):
+            raise DataError(f"{path}: not a file of document frequencies ('images' and 'counts')")
+        images = content.get("images")
+        if not isinstance(images, int) or images < 1:
+            raise DataError(f"{path}: 'images' must be a positive integer, found {images!r}")
+        return cls(images, content["counts"])
+
+
+def cider(
+    hypotheses: Captions,
+    references: Sequence[Captions],
+    frequencies: DocumentFrequencies | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the CIDEr-D and the CIDEr of each image, (B,) each; a corpus score is their mean.
+
+    Args:
+        hypotheses: The words of one caption per image.
+        references: The words of one or more captions per image, in the same order.
+        frequencies: How rare n-grams are, from a training corpus. Without them the references at
+            hand are the corpus, as in the official tool: then one image alone scores 0.
+    """
+    images = len(hypotheses)
+    counts = np.array([len(of_image) for of_image in references], dtype=np.int64)
+    image_of = np.concatenate([np.arange(images), np.repeat(np.arange(images), counts)])
+    captions = [*hypotheses, *(caption for of_image in references for caption in of_image)]
+    log_images = math.log(frequencies.images if frequencies else max(1, images))
+    sums = np.zeros((2, len(captions)))
+    penalty = _length_penalty(captions, image_of)
+    for table in _count_ngrams(captions):
+        if frequencies:
+            known = frequencies.counts
+            images_with = np.array([known.get(text, 0) for text in table.texts()], dtype=float)
+        else:
+            images_with = table.images_with(image_of, first_caption=images)
+        rarity = log_images - np.log(np.maximum(1.0, images_with))
+        clipped, plain = _cosines(table, table.count * rarity[table.ngram], image_of, images)
+        sums += [clipped * penalty, plain]
+    # The mean over the orders and over each image's references.
+    clipped, plain = (
+        np.bincount(image_of[images:], row[images:], images) / np.maximum(1, counts) * 10 / ORDERS
+        for row in sums
+    )
+    return clipped, plain
+
+
+@dataclass(frozen=True)
+class _NgramTable:
+    """How often each n-gram of one order occurs in each caption, sorted by caption and n-gram.
+
+    Attributes:
+        caption: (E,) which caption.
+        ngram: (E,) which n-gram, 0 to G - 1.
+        count: (E,) how often.
+        distinct: G.
+        places: (G,) where in ``words`` each n-gram stands.
+    """
+
+    caption: np.ndarray
+    ngram: np.ndarray
+    count: np.ndarray
+    distinct: int
+    places: np.ndarray
+    words: Sequence[str]
+    order: int
+
+    def texts(self) -> list[str]:
+        """Return each n-gram's words, joined by spaces."""
+        return [" ".join(self.words[place : place + self.order]) for place in self.places.tolist()]
+
+    def images_with(self, image_of: np.ndarray, first_caption: int = 0) -> np.ndarray:
+        """Count for each n-gram the images with it in a caption from ``first_caption`` on, (G,)."""
+        begin = np.searchsorted(self.caption, first_caption)
+        keys = image_of[self.caption[begin:]] * self.distinct + self.ngram[begin:]
+        return np.bincount(np.unique(keys) % max(1, self.distinct), minlength=self.distinct)
+
+
+def _count_ngrams(captions: Captions) -> Iterator[_NgramTable]:
+    """Yield a table for each order from 1 to 4."""
+    words = [word for caption in captions for word in caption]
+    numbers: dict[str, int] = {}
+    unigrams = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.int64)
+    caption_of = np.repeat(np.arange(len(captions)), [len(caption) for caption in captions])
+    ngrams = np.zeros(len(words), dtype=np.int64)  # the n-gram that starts at each word
+    for order in range(1, ORDERS + 1):
+        # A longer n-gram is a shorter one and a word, if both are of the same caption.
+        last = unigrams[order - 1 :]
+        same = caption_of[: len(last)] == caption_of[order - 1 :]
+        keys = ngrams[: len(last)] * len(numbers) + last
+        distinct, first, ngrams_here = np.unique(keys[same], return_index=True, return_inverse=True)
+        starts = np.flatnonzero(same)
+        entries, count = np.unique(
+            caption_of[starts] * max(1, len(distinct)) + ngrams_here, return_counts=True
+        )
+        caption, ngram = np.divmod(entries, max(1, len(distinct)))
+        yield _NgramTable(caption, ngram, count, len(distinct), starts[first], words, order)
+        ngrams = np.zeros(len(last), dtype=np.int64)
+        ngrams[starts] = ngrams_here
+
+
+def _length_penalty(captions: Captions, image_of: np.ndarray) -> np.ndarray:
+    """Return each caption's Gaussian of the difference to its image's hypothesis, in bigrams."""
+    bigrams = np.array([max(0, len(caption) - 1) for caption in captions], dtype=float)
+    return np.exp(-((bigrams[image_of] - bigrams) ** 2) / (2 * SIGMA**2))
+
+
+def _cosines(
+    table: _NgramTable, weight: np.ndarray, image_of: np.ndarray, images: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return each caption's clipped and plain cosine with the hypothesis of its image.
+
+    The first ``images`` captions are the hypotheses. Captions without weight score 0.
+    """
+    captions = len(image_of)
+    norm = np.sqrt(np.bincount(table.caption, weight**2, captions))
+    keys = table.caption * table.distinct + table.ngram
+    wanted = image_of[table.caption] * table.distinct + table.ngram
+    place = np.minimum(np.searchsorted(keys, wanted), max(0, len(keys) - 1))
+    found = keys[place] == wanted if len(keys) else np.zeros(0, dtype=bool)
+    own, theirs = weight[found], weight[place[found]]
+    scale = norm * norm[image_of]
+    scale[scale == 0] = np.inf
+    of_caption = table.caption[found]
+    clipped = np.bincount(of_caption, np.minimum(own, theirs) * own, captions)
+    plain = np.bincount(of_caption, own * theirs, captions)
+    return clipped / scale, plain / scale
