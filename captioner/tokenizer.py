@@ -177,7 +177,7 @@ _RULES = tuple(
         (f"{_SLASHED}(?:/{_SLASHED}){{1,2}}", ""),
         (_COMPOUND, ""),
         ("[A-Z]+(?:[+&][A-Z]+)+", ""),
-        (rf"[A-Za-z0-9][A-Za-z0-9.,]{0, 256}(?:-(?:{_ACRONYM}\.|[A-Za-z0-9]+))+", ""),
+        (rf"[A-Za-z0-9][A-Za-z0-9.,]{{0,256}}(?:-(?:{_ACRONYM}\.|[A-Za-z0-9]+))+", ""),
         (r"pro-|anti-|S&P-500|S&Ls|C\.D\.s|-(?i:[lr][rcs]b)-|[cC]\+\+|[cCfF]#", ""),
         # Punctuation that hangs together, then any single character.
         (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^A-Za-z0-9]"),
