@@ -1,0 +1,212 @@
+"""Scores to look at: a plot of how they are spread, and a page of the best and worst images."""
+
+import base64
+import html
+import io
+import os
+import urllib.parse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from captioner.annotations import ImageId
+from captioner.errors import UsageError
+from captioner.evaluation import Evaluation
+from captioner.files import atomic_write
+from captioner.metrics import Scores
+
+THUMBNAIL = 320  # pixels, the longer side
+SHOWN = 24  # images at each end
+
+
+def write_plot(path: str | Path, scores: Mapping[str, Scores]) -> None:
+    """Draw how each metric is spread over the images, as an image file.
+
+    Raises:
+        UsageError: matplotlib isn't installed, or it doesn't know the file's suffix.
+    """
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise UsageError(f"{path}: a plot's name must end in .png, .svg or .pdf")
+    with atomic_write(path, "wb") as file:
+        file.write(_plot(scores, kind))
+
+
+def _plot(scores: Mapping[str, Scores], kind: str) -> bytes:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("plots need matplotlib: pip install 'captioner[report]'") from None
+    metrics = list(next(iter(scores.values())).per_image)
+    columns = min(4, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
+    for place, metric in enumerate(metrics):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        values = [
+            of_file.per_image[metric] for of_file in scores.values() if metric in of_file.per_image
+        ]
+        bins = np.linspace(0, max(1e-9, max(float(value.max()) for value in values)), 31).tolist()
+        for name, value in zip(scores, values, strict=False):
+            axes.hist(value, bins=bins, histtype="step", label=name)
+        axes.set_title(metric)
+        axes.set_ylabel("images")
+        if len(scores) > 1 and place == 0:
+            axes.legend(fontsize="x-small")
+    content = io.BytesIO()
+    figure.savefig(content, format=kind)
+    return content.getvalue()
+
+
+def write_report(
+    path: str | Path,
+    evaluation: Evaluation,
+    scores: Mapping[str, Scores],
+    summary: Mapping[str, Any],
+    images: str | Path | None = None,
+    embed: bool = True,
+) -> None:
+    """Write a page that opens from disk: scores, their spread, the best and the worst images.
+
+    Images are ordered by the first result file's CIDEr-D, or else the last metric computed.
+
+    Args:
+        path: The HTML file.
+        evaluation: What was scored.
+        scores: The scores of each result file.
+        summary: What the command prints: its ``signature`` and each file's ``scores``.
+        images: The folder that the references' file names are below; None shows no image.
+        embed: Put small copies of the images into the page, instead of links to the files.
+
+    Raises:
+        UsageError: matplotlib isn't installed.
+    """
+    first = next(iter(scores.values()))
+    metric = "CIDEr-D" if "CIDEr-D" in first.per_image else list(first.per_image)[-1]
+    order = np.argsort(-first.per_image[metric], kind="stable")
+    keys = list(evaluation.references)
+    shown = min(SHOWN, -(-len(keys) // 2))
+    best = [int(place) for place in order[:shown]]
+    worst = [int(place) for place in order[::-1][: min(shown, len(keys) - shown)]]
+    plot = base64.b64encode(_plot(scores, "png")).decode()
+
+    def cards(places: list[int]) -> str:
+        return "\n".join(
+            _card(
+                keys[place],
+                place,
+                evaluation,
+                scores,
+                metric,
+                _picture(Path(path), evaluation.file_names.get(keys[place]), images, embed),
+            )
+            for place in places
+        )
+
+    with atomic_write(path) as file:
+        file.write(
+            _PAGE.format(
+                table=_table(summary),
+                signature=html.escape(str(summary["signature"])),
+                plot=plot,
+                metric=html.escape(metric),
+                best=cards(best),
+                worst=cards(worst),
+            )
+        )
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    files: Mapping[str, Mapping[str, float]] = summary["scores"]
+    metrics = list(next(iter(files.values())))
+    head = "".join(f"<th>{html.escape(metric)}</th>" for metric in metrics)
+    rows = "".join(
+        f"<tr><td>{_escape(name)}</td>"
+        + "".join(
+            f"<td>{values[metric]:.4f}</td>" if metric in values else "<td>-</td>"
+            for metric in metrics
+        )
+        + "</tr>"
+        for name, values in files.items()
+    )
+    return f"<table><tr><th>captions</th>{head}</tr>{rows}</table>"
+
+
+def _card(
+    key: ImageId,
+    place: int,
+    evaluation: Evaluation,
+    scores: Mapping[str, Scores],
+    metric: str,
+    picture: str,
+) -> str:
+    captions = "".join(
+        f"<p class=caption>{_escape(evaluation.hypotheses[name][key]) or '(empty)'} "
+        f"<small>{_escape(name) if len(scores) > 1 else ''} "
+        f"{html.escape(metric)} {of_file.per_image[metric][place]:.3f}</small></p>"
+        for name, of_file in scores.items()
+    )
+    references = "".join(f"<li>{_escape(text)}</li>" for text in evaluation.references[key])
+    return (
+        f"<figure>{picture}<figcaption><small>{_escape(str(key))}</small>{captions}"
+        f"<ul>{references}</ul></figcaption></figure>"
+    )
+
+
+def _picture(page: Path, name: str | None, images: str | Path | None, embed: bool) -> str:
+    if images is None or name is None:
+        return ""
+    file = Path(images) / name
+    if not file.is_file():
+        return f"<p class=missing>{_escape(name)} isn't in {_escape(str(images))}</p>"
+    if not embed:
+        address = urllib.parse.quote(os.path.relpath(file, page.parent).replace(os.sep, "/"))
+        return f'<img loading=lazy src="{html.escape(address)}" alt="">'
+    try:
+        return f'<img src="data:image/jpeg;base64,{_thumbnail(file)}" alt="">'
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return f"<p class=missing>{_escape(name)}: {_escape(str(error))}</p>"
+
+
+def _thumbnail(file: Path) -> str:
+    with Image.open(file) as image:
+        image.draft("RGB", (THUMBNAIL, THUMBNAIL))
+        small = ImageOps.exif_transpose(image).convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+    content = io.BytesIO()
+    small.save(content, "JPEG", quality=80)
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def _escape(text: str) -> str:
+    return html.escape(text.encode("utf-8", "backslashreplace").decode())
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Caption scores</title>
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; color: #222 }}
+table {{ border-collapse: collapse }} td, th {{ padding: .2em .8em; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }} th {{ border-bottom: 1px solid #999 }}
+code {{ font-size: 12px; overflow-wrap: anywhere }} small {{ color: #777 }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1em }}
+figure {{ margin: 0; padding: .6em; border: 1px solid #ddd; border-radius: 6px }}
+img {{ max-width: 100% }}
+.caption {{ font-weight: 600; margin: .3em 0 }} ul {{ padding-left: 1.2em }}
+.missing {{ color: #a33 }}
+</style></head><body>
+<h1>Caption scores</h1>
+{table}
+<p><code>{signature}</code></p>
+<img src="data:image/png;base64,{plot}" alt="distribution of each metric over the images">
+<h2>Best by {metric}</h2><div class="grid">
+{best}
+</div>
+<h2>Worst by {metric}</h2><div class="grid">
+{worst}
+</div>
+</body></html>
+"""
