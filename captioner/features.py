@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ from captioner.progress import Progress, say
 
 FORMAT = 1
 ENCODE_BATCH = 32
+# Waiting for the disk after each batch would take longer than the CNN; a process that is killed
+# computes at most this much again.
+SECONDS_BETWEEN_SYNCS = 5.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,8 @@ class _Store:
         self.shape, self.row_bytes = shape, 2 * shape[0] * shape[1]
         self.row_of: dict[FileKey | None, int] = {}
         self._rows = 0
+        self._unsettled: list[bytes] = []
+        self._settled_at = time.monotonic()
         with self._disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_meta()
@@ -209,9 +215,15 @@ class _Store:
         try:
             self._read_index()
             yield self.row_of
+        except BaseException:
+            with contextlib.suppress(CacheError):  # keep what is whole, and tell the first error
+                self._settle()
+            raise
+        else:
+            self._settle()
         finally:
             for file in (self._data, self._index):
-                with contextlib.suppress(OSError):  # append has flushed all that counts
+                with contextlib.suppress(OSError):  # what isn't settled will be computed again
                     file.close()
 
     def _read_index(self) -> None:
@@ -230,15 +242,26 @@ class _Store:
                 file.truncate(whole)
 
     def append(self, keys: Sequence[FileKey | None], rows: np.ndarray) -> None:
-        """Write rows (B, N, D), float16, and only when they are on disk their index lines."""
+        """Write rows (B, N, D), float16; their index lines follow when the rows are on disk."""
         with self._disk_errors():
             self._data.write(rows.tobytes())
-            _to_disk(self._data)
-            self._index.write(b"".join(json.dumps(key).encode() + b"\n" for key in keys))
-            _to_disk(self._index)
+            self._data.flush()
+        self._unsettled += [json.dumps(key).encode() + b"\n" for key in keys]
         for key in keys:
             self.row_of[key] = self._rows
             self._rows += 1
+        if time.monotonic() - self._settled_at >= SECONDS_BETWEEN_SYNCS:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait until the rows are on disk, then write their index lines."""
+        if self._unsettled:
+            with self._disk_errors():
+                _to_disk(self._data)
+                self._index.write(b"".join(self._unsettled))
+                self._index.flush()
+                _to_disk(self._index)
+        self._unsettled, self._settled_at = [], time.monotonic()
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -278,5 +301,4 @@ def _parse_key(line: bytes) -> FileKey | None:
 
 
 def _to_disk(file: BinaryIO) -> None:
-    file.flush()
     os.fsync(file.fileno())

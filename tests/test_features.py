@@ -319,6 +319,7 @@ if int(kill_at):
                 os.kill(os.getpid(), signal.SIGKILL)
         to_disk(file)
     captioner.features._to_disk = kill
+    captioner.features.SECONDS_BETWEEN_SYNCS = 0.0
 print("ready", flush=True)
 sys.stdin.readline()
 paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
