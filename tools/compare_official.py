@@ -1,0 +1,126 @@
+"""Put this project's scores beside those of the official COCO evaluation: values and seconds.
+
+Needs Java and the extra ``official``. Without --hypotheses the first caption of each image is
+scored against its others.
+"""
+
+import argparse
+import contextlib
+import io
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from captioner.annotations import ImageId, read_annotations
+from captioner.cli import HelpFormatter, command
+from captioner.evaluation import read_evaluation
+from captioner.metrics import BLEU_NAMES, score, score_tokens
+from captioner.metrics.official import TOKENIZER_JAR, require
+from captioner.tokenizer import tokenize
+
+Captions = dict[ImageId, list[str]]
+Outcome = tuple[float, np.ndarray, float]  # of the corpus, of each image, seconds
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--references", type=Path, required=True, help="captions that people wrote")
+    parser.add_argument("--hypotheses", type=Path, help="captions to be scored")
+    parser.add_argument("--images", type=int, help="score only the first so many images")
+    parser.add_argument("--no-meteor", action="store_true", help="leave METEOR out (slow)")
+    options = parser.parse_args(argv)
+    require(TOKENIZER_JAR)
+    hypotheses, references = _captions(options)
+    theirs = _official(hypotheses, references, not options.no_meteor)
+    ours = _ours(hypotheses, references, not options.no_meteor)
+    print(f"{len(references)} images, {sum(map(len, references.values()))} references")
+    print("| metric | official | ours | difference | largest for an image | official s | ours s |")
+    print("|---|---|---|---|---|---|---|")
+    for name, (value, images, seconds) in theirs.items():
+        own, own_images, own_seconds = ours[name]
+        largest = float(np.abs(images - own_images).max()) if len(images) else 0.0
+        print(
+            f"| {name} | {value!r} | {own!r} | {own - value:.1e} | {largest:.1e} "
+            f"| {seconds:.2f} | {own_seconds:.2f} |"
+        )
+    totals = [
+        sum(row[2] for name, row in rows.items() if name != "METEOR") for rows in (theirs, ours)
+    ]
+    print(
+        f"without METEOR: official {totals[0]:.2f} s, ours {totals[1]:.2f} s, "
+        f"{totals[0] / totals[1]:.1f} times faster"
+    )
+    return 0
+
+
+def _captions(options: argparse.Namespace) -> tuple[dict[ImageId, str], Captions]:
+    if options.hypotheses:
+        read = read_evaluation(options.references, [options.hypotheses], allow_missing=True)
+        ((_, hypotheses),) = read.hypotheses.items()
+        references = read.references
+    else:
+        images = read_annotations(options.references).images
+        several = [image for image in images if len(image.captions) > 1]
+        hypotheses = {image.image_id: image.captions[0] for image in several}
+        references = {image.image_id: image.captions[1:] for image in several}
+    keys = list(references)[: options.images]
+    return {key: hypotheses[key] for key in keys}, {key: references[key] for key in keys}
+
+
+def _official(
+    hypotheses: dict[ImageId, str], references: Captions, meteor: bool
+) -> dict[str, Outcome]:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    outcomes: dict[str, Outcome] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        start = time.perf_counter()
+        truth = PTBTokenizer().tokenize(
+            {key: [{"caption": text} for text in texts] for key, texts in references.items()}
+        )
+        given = PTBTokenizer().tokenize(
+            {key: [{"caption": text}] for key, text in hypotheses.items()}
+        )
+        outcomes["tokens"] = (0.0, np.zeros(0), time.perf_counter() - start)
+        start = time.perf_counter()
+        values, images = Bleu(4).compute_score(truth, given)
+        seconds = time.perf_counter() - start
+        for order, name in enumerate(BLEU_NAMES):
+            outcomes[name] = (values[order], np.array(images[order]), seconds / 4)
+        scorers: list[tuple[str, Any]] = [("ROUGE-L", Rouge), ("CIDEr-D", Cider)]
+        for name, scorer in scorers + ([("METEOR", Meteor)] if meteor else []):
+            start = time.perf_counter()
+            value, images = scorer().compute_score(truth, given)
+            outcomes[name] = (float(value), np.array(images), time.perf_counter() - start)
+    return outcomes
+
+
+def _ours(hypotheses: dict[ImageId, str], references: Captions, meteor: bool) -> dict[str, Outcome]:
+    outcomes: dict[str, Outcome] = {}
+    start = time.perf_counter()
+    given = [tokenize(text) for text in hypotheses.values()]
+    truth = [[tokenize(text) for text in texts] for texts in references.values()]
+    outcomes["tokens"] = (0.0, np.zeros(0), time.perf_counter() - start)
+    groups = [BLEU_NAMES, ("ROUGE-L",), ("CIDEr-D",), *([("METEOR",)] if meteor else [])]
+    for names in groups:
+        start = time.perf_counter()
+        scores = score_tokens(given, truth, names)
+        seconds = (time.perf_counter() - start) / len(names)
+        for name in names:
+            outcomes[name] = (scores.corpus[name], scores.per_image[name], seconds)
+    whole = score(hypotheses, references, [name for group in groups for name in group])
+    assert whole.corpus == {name: row[0] for name, row in outcomes.items() if name != "tokens"}
+    return outcomes
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
