@@ -2,6 +2,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 from collections import Counter
@@ -19,6 +20,7 @@ from captioner.errors import DataError, UsageError
 from captioner.metrics import (
     METRICS,
     Scores,
+    UnavailableError,
     compute_metrics,
     corpus_bleu,
     metric_names,
@@ -27,6 +29,7 @@ from captioner.metrics import (
 )
 from captioner.metrics.cider import DocumentFrequencies, cider
 from captioner.metrics.diversity import describe, repeats_ngram, self_bleu
+from captioner.metrics.official import meteor
 from captioner.metrics.rouge import longest_common_subsequence, rouge_l
 from captioner.metrics.significance import confidence_interval, paired_test
 
@@ -309,6 +312,25 @@ def test_a_missing_tool_is_named_and_the_other_scores_come(monkeypatch):
     assert list(scores.corpus) == ["BLEU-1"]
     assert list(scores.unavailable) == ["METEOR", "SPICE"]
     assert "java" in scores.unavailable["METEOR"] or "pycocoevalcap" in scores.unavailable["METEOR"]
+
+
+@pytest.mark.skipif(not HAS_JAVA, reason="needs Java and pycocoevalcap")
+def test_a_java_that_stops_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    scores = score({1: "a dog"}, {1: ["a dog"]}, ["BLEU-1", "METEOR"])
+    assert list(scores.corpus) == ["BLEU-1"]
+    assert "Java stopped" in scores.unavailable["METEOR"]
+    with pytest.raises(UnavailableError):
+        compute_metrics({1: "a dog"}, {1: ["a dog"]}, ["METEOR"])
+
+
+@pytest.mark.skipif(not HAS_JAVA, reason="needs Java and pycocoevalcap")
+def test_meteor_takes_any_tokens():
+    corpus, images = meteor([[], ["a", "|||", "b"], ["猫"]], [[["a"]], [["a", "b"]], [["猫"], []]])
+    assert images.tolist() == pytest.approx([0, 1, 1], abs=0.01)
+    assert 0 < corpus <= 1
 
 
 # --- how sure, how varied ------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from captioner.annotations import read_annotations
+from captioner.annotations import read_annotations, read_text
 from captioner.cli import HelpFormatter, command
 from captioner.errors import DataError, UsageError
 from captioner.evaluation import Evaluation, read_evaluation, signature, write_per_image
@@ -149,7 +149,7 @@ def _statistics(options: argparse.Namespace, evaluation: Evaluation) -> dict[str
 
 def _read_n_best(path: Path) -> list[list[list[str]]]:
     candidates = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -109,11 +109,12 @@ def meteor(hypotheses: Captions, references: Sequence[Captions]) -> tuple[float,
     questions = [_meteor_line(*pair) for pair in zip(hypotheses, references, strict=True)]
 
     def ask(lines: Sequence[str]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the answers tell
+        with contextlib.suppress(BrokenPipeError):  # it stopped: there will be no answer
             stdin.writelines(lines)
             stdin.flush()
 
-    with process:
+    answers: list[str] = []
+    with contextlib.suppress(BrokenPipeError), process:
         # Asked from a thread: the tool doesn't read on while nobody reads its answers.
         asking = threading.Thread(target=ask, args=(questions,), daemon=True)
         asking.start()
@@ -125,7 +126,7 @@ def meteor(hypotheses: Captions, references: Sequence[Captions]) -> tuple[float,
     try:
         *scores, corpus = map(float, answers)
     except ValueError:
-        raise UnavailableError(f"METEOR stopped: it answered {answers[-1]!r}") from None
+        raise UnavailableError("Java stopped before METEOR was done; does 'java' work?") from None
     return corpus, np.array(scores)
 
 
