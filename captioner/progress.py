@@ -2,12 +2,16 @@
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 15.0
+LONG = 5.0  # seconds; shorter jobs leave no line without a terminal
+
+T = TypeVar("T")
 
 
 class Progress:
@@ -19,6 +23,7 @@ class Progress:
         unit: What is counted, in the singular, such as ``"image"``.
         initial: Units done before this process started (a resumed job).
         scale: Print large counts as k, M, G (bytes, say).
+        delay: Seconds before the bar appears, for what is mostly over by then.
     """
 
     def __init__(
@@ -28,6 +33,7 @@ class Progress:
         unit: str,
         initial: int = 0,
         scale: bool = False,
+        delay: float = 0.0,
     ) -> None:
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -39,6 +45,7 @@ class Progress:
             dynamic_ncols=True,
             disable=not self._terminal,
             file=sys.stderr,
+            delay=delay,
         )
         self._meter: dict[str, Any] = {
             "total": total,
@@ -66,7 +73,7 @@ class Progress:
         """Finish the line. A job of under 5 seconds leaves no line without a terminal."""
         if self._terminal:
             self._bar.close()
-        elif time.monotonic() - self._started >= 5:
+        elif time.monotonic() - self._started >= LONG:
             self._print_line()
 
     def __enter__(self) -> "Progress":
@@ -83,6 +90,14 @@ class Progress:
     def _print_line(self) -> None:
         self._printed = time.monotonic()
         say(tqdm.format_meter(n=self._done, elapsed=self._printed - self._started, **self._meter))
+
+
+def watched(items: Iterable[T], description: str, total: int, unit: str) -> Iterator[T]:
+    """Pass items on, with a progress bar should they take longer than a few seconds."""
+    with Progress(description, total, unit, delay=LONG) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def say(message: str) -> None:

@@ -52,6 +52,7 @@ from captioner.tracking import JsonLog, Tracker
 from captioner.vocabulary import PAD, Vocabulary
 
 STATE = "training_state.pt"
+VALIDATION_METRICS = ("BLEU", "ROUGE-L", "CIDEr-D")
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nltk", "wandb", "pycocotools")
 
 # Settings that may differ when a run is resumed: they don't change what is computed.
@@ -408,7 +409,7 @@ class _Trainer:
             self._train_epoch(plan.epoch(self.at.epoch), train_inputs)
             started = time.monotonic()
             captions = self._caption(val_set, val_inputs)
-            scores = compute_metrics(captions, val_set.references)
+            scores = compute_metrics(captions, val_set.references, VALIDATION_METRICS)
             self._finish_epoch(scores, captions, time.monotonic() - started)
             shown = list(captions.values())[: len(samples)]
             self.tracker.log_samples(

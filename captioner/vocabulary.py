@@ -9,6 +9,14 @@ from captioner.tokenizer import tokenize
 PAD, BOS, EOS, UNK = range(4)
 SPECIAL_WORDS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
+# Words that a whole caption doesn't end with.
+_FUNCTION_WORDS = """
+    a an the this that these those his her its their my your some another of in on at to from by
+    with without for into onto over under near beside behind between through and or but as is are
+    was were be being been while who which
+    """
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+
 
 class Vocabulary:
     """The words that a captioner knows; ids 0 to 3 are PAD, BOS, EOS and UNK.
@@ -46,6 +54,10 @@ class Vocabulary:
     def encode(self, caption: str) -> list[int]:
         """Return the ids of a caption's words, without BOS and EOS."""
         return [self._ids.get(word, UNK) for word in tokenize(caption)]
+
+    def unknown_words(self, caption: str) -> list[str]:
+        """Return the words of a caption that aren't in the vocabulary."""
+        return [word for word in tokenize(caption) if word not in self._ids]
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the words up to the first EOS or PAD, joined by spaces."""

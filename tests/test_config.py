@@ -94,7 +94,7 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_file(experiment):
         ("wandb.log_checkpoint=1", "wandb.log_checkpoint: input should be a valid boolean"),
         ("decoder.cell=LSTM", "decoder.cell: input should be 'lstm', 'gru', 'rnn_tanh' or"),
         # Names must come out as they are to be written.
-        ("validation.metric=BLEU4", "input should be 'BLEU-1', 'BLEU-2', 'BLEU-3' or 'BLEU-4'"),
+        ("validation.metric=BLEU4", "input should be 'BLEU-1', 'BLEU-2', 'BLEU-3', 'BLEU-4'"),
     ],
 )
 def test_a_wrong_type_names_the_key_and_the_value(experiment, override, expected):

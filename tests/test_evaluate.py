@@ -1,7 +1,6 @@
 import csv
 import json
 import re
-import time
 
 import pytest
 import wandb_files
@@ -298,11 +297,8 @@ def test_wandb_run_holds_the_scores(tmp_path, references, good, monkeypatch):
     run("--references", references, "--hypotheses", good, "--wandb", "scores", "--output",
         tmp_path / "s.json", "--report", tmp_path / "page.html")  # fmt: skip
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    logged: dict = {}
-    deadline = time.monotonic() + 60
-    while "evaluation/signature" not in logged and time.monotonic() < deadline:
-        time.sleep(0.1)  # W&B's own process writes the file, at times after finish() returned
-        logged = {key: value for row in wandb_files.history(file) for key, value in row.items()}
+    wandb_files.wait_for_exit(file)
+    logged = {key: value for row in wandb_files.history(file) for key, value in row.items()}
     expected = compute_metrics(GOOD, REFERENCES)
     assert {name: logged[f"evaluation/{name}"] for name in expected} == expected
     assert "images:3" in logged["evaluation/signature"]

@@ -21,7 +21,9 @@ HEAVY = {"torch", "torchvision"}
 # What must work, and at once, where torch is slow to import or missing.
 WITHOUT_TORCH = {
     *("errors", "files", "progress", "cli", "tokenizer", "vocabulary", "annotations"),
-    *("results", "metrics", "metrics.bleu", "evaluation", "config"),
+    *("results", "evaluation", "report", "config"),
+    *("metrics", "metrics.bleu", "metrics.rouge", "metrics.cider", "metrics.official"),
+    *("metrics.significance", "metrics.diversity"),
 }
 # From an image to a sentence: none may know one after it.
 WAY = ["images", "encoder", "features", "decoder", "model", "captioner", "folder"]

@@ -19,11 +19,13 @@ import yaml
 from PIL import Image
 
 from captioner import Captioner
+from captioner.annotations import read_annotations
 from captioner.commands.train import main as train_main
 from captioner.config import TrainingConfig, load_config
 from captioner.data import pad
 from captioner.decoder import TeacherForced, make_decoder
 from captioner.errors import CheckpointError, ConfigError, DataError, TrainingError
+from captioner.metrics import METRICS, compute_metrics
 from captioner.results import read_results
 from captioner.training import caption_loss, learning_rate_factor, train
 
@@ -148,6 +150,7 @@ def test_a_run_learns_and_leaves_everything_behind(experiment, tmp_path, capsys)
 
     # What Weights & Biases wrote, read back from its own file.
     (wandb_run,) = out.glob("wandb/offline-run-*/run-*.wandb")
+    wandb_files.wait_for_exit(wandb_run)
     history = wandb_files.history(wandb_run)
     logged = [row for row in history if "train/loss" in row]
     assert [row["step"] for row in logged] == [line["step"] for line in steps]
@@ -170,6 +173,24 @@ def test_a_run_learns_and_leaves_everything_behind(experiment, tmp_path, capsys)
     models = [artifact for artifact in kinds if artifact.type == "model"]
     assert "best" in models[-1].aliases
     assert "model.safetensors" in {entry.path for entry in models[-1].manifest.contents}
+
+
+def test_the_best_checkpoint_is_that_of_the_metric_asked_for(experiment, tmp_path):
+    overrides = ["validation.metric=CIDEr-D", "training.epochs=9", "training.patience=0"]
+    scores = train(load_config(experiment, overrides), tmp_path / "run")
+    epochs = [line for line in read_log(tmp_path / "run") if line["kind"] == "epoch"]
+    best = max(epochs, key=lambda line: line["CIDEr-D"])  # the first of equals
+    assert best["CIDEr-D"] > epochs[0]["CIDEr-D"]
+    assert {name: best[name] for name in scores} == scores
+    assert scores.keys() == {*METRICS} - {"CIDEr", "METEOR", "SPICE"}
+    kept = json.loads((tmp_path / "run/best/config.json").read_text())["scores"]
+    assert kept["epoch"] == best["epoch"]
+    predictions = read_results(tmp_path / "run/best/val_predictions.json")
+    references = {
+        image.image_id: image.captions for image in read_annotations(tmp_path / "val.json").images
+    }
+    again = compute_metrics(predictions, references, ["CIDEr-D"])
+    assert again["CIDEr-D"] == best["CIDEr-D"]
 
 
 @pytest.mark.parametrize("kind", ["show_attend_tell", "show_and_tell"])

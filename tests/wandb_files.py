@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def read_records(path: Path) -> list[Any]:
             record.ParseFromString(parts)
             records.append(record)
     return records
+
+
+def wait_for_exit(path: Path, seconds: float = 60) -> None:
+    """Wait for the run's last record: W&B's own process writes it, at times after finish()."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if any(record.WhichOneof("record_type") == "exit" for record in read_records(path)):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path}: the run has no end")
 
 
 def history(path: Path) -> list[dict[str, Any]]:

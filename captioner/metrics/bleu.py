@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from nltk.translate.bleu_score import closest_ref_length, modified_precision
 
+from captioner.progress import watched
+
 ORDERS = (1, 2, 3, 4)
 NAMES = tuple(f"BLEU-{order}" for order in ORDERS)
 _TINY, _SMALL = 1e-15, 1e-9  # the official tool's constants against division by zero
@@ -41,7 +43,8 @@ def bleu_counts(
         hypothesis, length of the hypothesis, closest length of a reference (ties: the shorter).
     """
     counts = np.zeros((len(hypotheses), 2 * len(ORDERS) + 2), dtype=np.int64)
-    for row, hypothesis, of_image in zip(counts, hypotheses, references, strict=True):
+    images = zip(counts, hypotheses, references, strict=True)
+    for row, hypothesis, of_image in watched(images, "BLEU", len(counts), "image"):
         length = len(hypothesis)
         matches = [modified_precision(of_image, hypothesis, order).numerator for order in ORDERS]
         ngrams = [max(0, length - order + 1) for order in ORDERS]

@@ -5,15 +5,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from captioner.metrics.bleu import bleu_counts, bleu_of_counts
+from captioner.vocabulary import FUNCTION_WORDS
 
 Captions = Sequence[Sequence[str]]
-
-_FUNCTION_WORDS = """
-    a an the this that these those his her its their my your some another of in on at to from by
-    with without for into onto over under near beside behind between through and or but as is are
-    was were be being been while who which
-    """
-FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 def describe(

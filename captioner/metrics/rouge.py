@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from captioner.progress import watched
+
 BETA = 1.2
 
 
@@ -21,7 +23,8 @@ def rouge_l(
         references: The words of one or more captions per image, in the same order.
     """
     scores = np.zeros(len(hypotheses))
-    for position, (hypothesis, captions) in enumerate(zip(hypotheses, references, strict=True)):
+    images = enumerate(zip(hypotheses, references, strict=True))
+    for position, (hypothesis, captions) in watched(images, "ROUGE-L", len(scores), "image"):
         hypothesis = hypothesis or [""]
         matches = [longest_common_subsequence(hypothesis, caption or [""]) for caption in captions]
         precision = max(matches) / len(hypothesis)
