@@ -1,10 +1,11 @@
 """Captions for images, from Python."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -13,13 +14,30 @@ from torchvision.transforms.functional import to_pil_image
 
 from captioner.config import SearchConfig
 from captioner.device import choose_device, choose_precision
-from captioner.errors import ConfigError, ImageError
+from captioner.errors import CheckpointError, ConfigError, ImageError, UsageError, did_you_mean
 from captioner.features import encode
 from captioner.images import load_image, to_rgb
-from captioner.model import CaptionModel, load_checkpoint
+from captioner.model import CaptionModel, decode, load_checkpoint
 from captioner.search import Hypothesis
 
 ImageLike = str | Path | Image.Image | Tensor
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One caption of an image.
+
+    Attributes:
+        text: The sentence.
+        log_probability: The model's own, of its words and its end.
+        attention: What the decoder looked at for each word, and for the end: (T, H, W), where
+            each (H, W) sums to 1 over the image's square. None unless asked for, and for a
+            decoder without attention.
+    """
+
+    text: str
+    log_probability: float
+    attention: Tensor | None = None
 
 
 class Captioner:
@@ -31,54 +49,61 @@ class Captioner:
         'a dog is running on the beach'
 
     Args:
-        model: The model; it is moved to ``device``.
+        models: The model; or several with the same vocabulary and preprocessing, an ensemble whose
+            probabilities are averaged. They are moved to ``device``.
         device: "auto" (CUDA, else MPS, else CPU) or a device's name.
         precision: "auto" (bfloat16 where it is native), "bfloat16" or "float32".
+
+    Raises:
+        CheckpointError: The models of an ensemble don't fit together.
     """
 
-    def __init__(self, model: CaptionModel, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(
+        self,
+        models: CaptionModel | Sequence[CaptionModel],
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> None:
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
-        self.model = model.to(self.device).eval()
+        models = [models] if isinstance(models, CaptionModel) else list(models)
+        self.models = [model.to(self.device).eval() for model in models]
+        self.model = self.models[0]
+        for other in self.models[1:]:
+            _refuse_strangers(self.model, other)
+        # Models that share a CNN share what it says about an image.
+        prints = [repr(model.encoder.fingerprint()) for model in self.models if len(models) > 1]
+        self._encoder_of = [prints.index(each) for each in prints] or [0]
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, device: str = "auto", precision: str = "auto"
+        cls,
+        directory: str | Path | Sequence[str | Path],
+        device: str = "auto",
+        precision: str = "auto",
     ) -> "Captioner":
-        """Load a checkpoint directory, such as ``RUN/best``.
+        """Load a checkpoint directory, such as ``RUN/best``, or several as an ensemble.
 
         Raises:
-            CheckpointError: It is missing, damaged or inconsistent.
+            CheckpointError: One is missing, damaged or inconsistent, or they don't fit together.
         """
-        return cls(load_checkpoint(directory), device, precision)
+        several = [directory] if isinstance(directory, (str, Path)) else list(directory)
+        return cls([load_checkpoint(each) for each in several], device, precision)
 
     @overload
-    def caption(  # type: ignore[overload-overlap] # a str or a tensor is one image
-        self,
-        images: ImageLike,
-        beam_size: int | None = ...,
-        max_length: int | None = ...,
-        length_penalty: float | None = ...,
-        batch_size: int = ...,
-    ) -> str: ...
+    def caption(self, images: ImageLike, *, batch_size: int = ..., **settings: Any) -> str: ...
 
     @overload
     def caption(
-        self,
-        images: Iterable[ImageLike],
-        beam_size: int | None = ...,
-        max_length: int | None = ...,
-        length_penalty: float | None = ...,
-        batch_size: int = ...,
+        self, images: Iterable[ImageLike], *, batch_size: int = ..., **settings: Any
     ) -> list[str]: ...
 
     def caption(
         self,
         images: ImageLike | Iterable[ImageLike],
-        beam_size: int | None = None,
-        max_length: int | None = None,
-        length_penalty: float | None = None,
+        *,
         batch_size: int = 32,
+        **settings: Any,
     ) -> str | list[str]:
         """Caption one image or many.
 
@@ -86,10 +111,9 @@ class Captioner:
             images: Paths, PIL images, or tensors (3, H, W), uint8 or float from 0 to 1; one, or
                 any number of them, such as a list or a generator. A tensor (B, 3, H, W) is B
                 images.
-            beam_size: Hypotheses kept; 1 is greedy. None takes the checkpoint's setting.
-            max_length: Most words in a caption. None takes the checkpoint's setting.
-            length_penalty: See ``search.beam_search``. None takes the checkpoint's setting.
             batch_size: Images encoded and decoded at a time.
+            settings: Any of ``config.SearchConfig``, such as ``beam_size=3``; the others are the
+                checkpoint's.
 
         Returns:
             A caption for one image, a list for many.
@@ -98,43 +122,137 @@ class Captioner:
             ImageError: An image can't be read, or a tensor holds something else.
             ConfigError: A setting is impossible.
         """
+        search = self.search(**settings)
+        captions = [best[0].text for best in self._described(images, search, batch_size)]
+        return captions[0] if _is_one(images) else captions
+
+    def describe(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        attention: bool = False,
+        batch_size: int = 32,
+        **settings: Any,
+    ) -> list[list[Caption]]:
+        """Caption images, and tell more: the ``n_best`` captions of each, with their scores.
+
+        Args:
+            images: As in ``caption``; one image gives a list of one list.
+            attention: Tell what the decoder looked at for each word.
+            batch_size: Images encoded and decoded at a time.
+            settings: As in ``caption``.
+
+        Raises:
+            ImageError, ConfigError: As ``caption`` does.
+            UsageError: Attention was asked of an ensemble.
+        """
+        search = self.search(**settings)
+        return list(self._described(images, search, batch_size, attention))
+
+    def search(self, **settings: Any) -> SearchConfig:
+        """Return the checkpoint's search settings with those changed that aren't None.
+
+        Raises:
+            ConfigError: A setting is unknown or impossible.
+        """
+        known = [field.name for field in fields(SearchConfig)]
+        for name in settings:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+                raise ConfigError(f"no search setting '{name}'{hint}")
+        changes = {name: value for name, value in settings.items() if value is not None}
+        return replace(self.model.search, **changes)
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """Return each model's features (B, N, D) of preprocessed pixels (B, 3, S, S), uint8."""
+        found: dict[int, Tensor] = {}
+        for number in self._encoder_of:
+            if number not in found:
+                encoder = self.models[number].encoder
+                found[number] = encode(encoder, pixels, self.device, self.precision)
+        return [found[number] for number in self._encoder_of]
+
+    def hypotheses(
+        self, features: Sequence[Tensor], search: SearchConfig, keys: Tensor | None = None
+    ) -> list[list[Hypothesis]]:
+        """Return the captions found for images, best first.
+
+        Args:
+            features: As ``features`` gives them.
+            search: How to search.
+            keys: A number for each image, (B,), that its samples depend on.
+        """
+        return decode(self.models, features, search, self.precision, keys)
+
+    def captions(
+        self,
+        pixels: Tensor,
+        search: SearchConfig,
+        keys: Tensor | None = None,
+        attention: bool = False,
+    ) -> list[list[Caption]]:
+        """Return the captions of preprocessed pixels (B, 3, S, S), uint8, best first."""
+        features = self.features(pixels)
+        found = self.hypotheses(features, search, keys)
+        maps = self._attention(features, found) if attention else None
+        return [
+            [
+                Caption(
+                    self.model.vocabulary.decode(each.token_ids),
+                    each.log_probability,
+                    None if maps is None else maps[image][place],
+                )
+                for place, each in enumerate(best)
+            ]
+            for image, best in enumerate(found)
+        ]
+
+    def _attention(
+        self, features: Sequence[Tensor], found: Sequence[Sequence[Hypothesis]]
+    ) -> list[list[Tensor]] | None:
+        if len(self.models) > 1:
+            raise UsageError("the models of an ensemble look at different things: take one")
+        maps = self.model.attention(features[0], found, self.precision)
+        side = math.isqrt(features[0].shape[1])  # the CNN sees a square
+        return maps and [[one.unflatten(1, (side, side)) for one in of_image] for of_image in maps]
+
+    def _described(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        search: SearchConfig,
+        batch_size: int,
+        attention: bool = False,
+    ) -> Iterator[list[Caption]]:
         if batch_size < 1:
             raise ConfigError(f"batch_size: at least 1 was expected, found {batch_size}")
-        search = self.search(beam_size, max_length, length_penalty)
-        if isinstance(images, (str, Path, Image.Image)) or (
-            isinstance(images, Tensor) and images.dim() == 3
-        ):
-            return self._caption([images], search)[0]
-        captions: list[str] = []
-        left = iter(images)
-        while batch := list(islice(left, batch_size)):
-            captions += self._caption(batch, search)
-        return captions
-
-    def search(
-        self,
-        beam_size: int | None = None,
-        max_length: int | None = None,
-        length_penalty: float | None = None,
-    ) -> SearchConfig:
-        """Return the checkpoint's search settings with these changes."""
-        given = {
-            "beam_size": beam_size,
-            "max_length": max_length,
-            "length_penalty": length_penalty,
-        }
-        changes = {name: value for name, value in given.items() if value is not None}
-        return replace(self.model.search, **changes)  # type: ignore[arg-type]
-
-    def hypotheses(self, pixels: Tensor, search: SearchConfig) -> list[list[Hypothesis]]:
-        """Return the captions found for preprocessed pixels (B, 3, S, S), uint8, best first."""
-        features = encode(self.model.encoder, pixels, self.device, self.precision)
-        return self.model.decode(features, search, self.precision)
-
-    def _caption(self, images: list[ImageLike], search: SearchConfig) -> list[str]:
         preprocess = self.model.encoder.preprocessing
-        pixels = torch.stack([preprocess(_open(image)) for image in images])
-        return self.model.words(self.hypotheses(pixels, search))
+        left = iter([images] if _is_one(images) else images)  # type: ignore[arg-type]
+        done = 0
+        while batch := list(islice(left, batch_size)):
+            pixels = torch.stack([preprocess(_open(image)) for image in batch])
+            keys = torch.arange(done, done + len(batch))
+            yield from self.captions(pixels, search, keys, attention)
+            done += len(batch)
+
+
+def _is_one(images: ImageLike | Iterable[ImageLike]) -> bool:
+    return isinstance(images, (str, Path, Image.Image)) or (
+        isinstance(images, Tensor) and images.dim() == 3
+    )
+
+
+def _refuse_strangers(first: CaptionModel, other: CaptionModel) -> None:
+    if other.vocabulary.words != first.vocabulary.words:
+        raise CheckpointError(
+            f"an ensemble needs one vocabulary, found one of {len(first.vocabulary)} words and "
+            f"another of {len(other.vocabulary)}: train its models on the same captions, with the "
+            "same data.min_word_count"
+        )
+    if other.encoder.preprocessing != first.encoder.preprocessing:
+        raise CheckpointError(
+            "an ensemble needs one preprocessing, found "
+            f"{first.encoder.preprocessing} and {other.encoder.preprocessing}"
+        )
 
 
 def _open(image: ImageLike) -> Image.Image:

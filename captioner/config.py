@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import tomllib
@@ -220,15 +221,65 @@ class SearchConfig:
         max_length: Most words in a caption.
         length_penalty: Finished hypotheses are ranked by log-probability / length ** this; 0 is
             the plain log-probability, 1 its mean over the words.
+        n_best: How many captions are found of each image, best first.
+        min_length: Fewest words in a caption.
+        no_repeat_ngram: No n-gram of this many words comes twice in a caption; 0 allows all.
+        no_repeat_word: No word directly follows itself.
+        no_dangling_end: No caption ends in a function word, such as "with" or "a".
+        forbidden: Words and phrases that no caption holds.
+        forced: Words and phrases that every caption holds; each of their words costs a beam more.
+        groups: Diverse beam search: the beam is divided into so many groups, each of which avoids
+            the words that those before it took at the same step.
+        diversity: By how much, in log-probability for each group that took the word.
+        samples: Draw so many captions at random instead of searching; 0 searches.
+        temperature: Of sampling: below 1 prefers likely words, above 1 levels them.
+        top_k: Draw from the so many likeliest words; 0 from all.
+        top_p: Draw from the likeliest words that have this probability together; 1 from all.
+        seed: Of sampling. A caption depends on it and on its image alone.
     """
 
     beam_size: int = 5
     max_length: int = 20
     length_penalty: float = 0.7
+    n_best: int = 1
+    min_length: int = 0
+    no_repeat_ngram: int = 0
+    no_repeat_word: bool = False
+    no_dangling_end: bool = False
+    forbidden: tuple[str, ...] = ()
+    forced: tuple[str, ...] = ()
+    groups: int = 1
+    diversity: float = 0.5
+    samples: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        _at_least(self, beam_size=1, max_length=1, length_penalty=0.0)
+        """Refuse impossible values and combinations."""
+        _at_least(self, beam_size=1, max_length=1, length_penalty=0.0, n_best=1, min_length=0)
+        _at_least(self, no_repeat_ngram=0, groups=1, diversity=0.0, samples=0, top_k=0, seed=0)
+        _positive(self, "temperature", "top_p")
+        if self.top_p > 1:
+            raise _refusal(self, "top_p", "at most 1")
+        if self.min_length > self.max_length:
+            raise _refusal(self, "min_length", f"at most search.max_length = {self.max_length}")
+        found = ("samples", self.samples) if self.samples else ("beam_size", self.beam_size)
+        if self.n_best > found[1]:
+            raise _refusal(self, "n_best", f"at most search.{found[0]} = {found[1]}")
+        if self.beam_size % self.groups:
+            raise _refusal(self, "groups", f"a divisor of search.beam_size = {self.beam_size}")
+        together = {"samples": self.samples, "groups": self.groups > 1, "forced": self.forced}
+        used = [f"search.{name}" for name, value in together.items() if value]
+        if len(used) > 1:
+            raise ConfigError(f"{' and '.join(used)} can't be combined")
+        for name, needed in (
+            *((name, "samples") for name in ("temperature", "top_k", "top_p")),
+            ("diversity", "groups"),
+        ):
+            if f"search.{needed}" not in used and getattr(self, name) != _default(self, name):
+                raise ConfigError(f"search.{name} has no effect without search.{needed}")
 
 
 @dataclass(frozen=True)
@@ -236,12 +287,12 @@ class ValidationConfig:
     """Validation after each epoch: captions are decoded freely and scored.
 
     Attributes:
-        metric: The score that picks the best checkpoint and stops early.
+        metric: The score that picks the best checkpoint and stops early; all of them are logged.
         batch_size: Images decoded at a time.
         max_images: Validate on the first so many images; 0 takes all.
     """
 
-    metric: Literal["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"] = "BLEU-4"
+    metric: Literal["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"] = "BLEU-4"
     batch_size: int = 100
     max_images: int = 0
 
@@ -308,6 +359,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         _apply(content, override)
     return parse(Config, content, str(path))
+
+
+def attribute_docs(kind: type) -> dict[str, str]:
+    """Return what a config's docstring says of each of its attributes."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2].splitlines():
+        begun, colon, text = line.strip().partition(": ")
+        if colon and line.startswith("    ") and not line.startswith("     "):
+            name, found[begun] = begun, text
+        elif line.strip():
+            found[name] += f" {line.strip()}"
+    return found
 
 
 def parse(kind: type[T], content: Mapping[str, Any], source: str) -> T:
@@ -398,6 +462,10 @@ def _positive(config: Any, *names: str) -> None:
 def _share(config: Any, name: str) -> None:
     if not 0 <= getattr(config, name) < 1:
         raise _refusal(config, name, "at least 0 and below 1")
+
+
+def _default(config: Any, name: str) -> Any:
+    return next(each.default for each in dataclasses.fields(config) if each.name == name)
 
 
 def _refusal(config: Any, name: str, expected: str) -> ConfigError:

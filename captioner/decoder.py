@@ -93,6 +93,18 @@ class Decoder(nn.Module, ABC):
             token_ids: (B, K, T + 1), from BOS to EOS, then PAD.
         """
 
+    def attention(self, features: Tensor, token_ids: Tensor) -> Tensor | None:
+        """Say what is looked at after each token; None for a decoder without attention.
+
+        Args:
+            features: (B, N, D).
+            token_ids: (B, K, T), from BOS.
+
+        Returns:
+            Weights of the regions for the token that follows each of these, (B, K, T, N).
+        """
+        return None
+
 
 class ShowAndTell(Decoder):
     """The image is the first input of the recurrence (Vinyals et al. 2015, eq. 10-12)."""
@@ -223,6 +235,16 @@ class ShowAttendTell(Decoder):
         weights = torch.softmax(scores, -1, dtype=precise)
         context = torch.bmm(weights.to(features.dtype), features)
         return weights, torch.sigmoid(self.gate(hidden)) * context
+
+    def attention(self, features: Tensor, token_ids: Tensor) -> Tensor:
+        """See ``Decoder.attention``."""
+        memory, state = self.start(features)
+        state = tuple(part.expand(-1, token_ids.shape[1], -1) for part in state)
+        looked_at = []
+        for words in self.embedding(token_ids).unbind(2):
+            *_, weights, state = self._recur(words, state, memory)
+            looked_at.append(weights)
+        return torch.stack(looked_at, 2)
 
     def _logits(self, words: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
         """Deep output (eq. 7)."""

@@ -1,6 +1,7 @@
 """Where to compute and in which precision."""
 
 import contextlib
+import os
 
 import torch
 
@@ -50,3 +51,21 @@ def autocast(device: torch.device, precision: torch.dtype) -> contextlib.Abstrac
     if precision == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=precision)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes are free on a device, as far as it tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # macOS doesn't say how much is free
+        return 4 << 30
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that a device, or the machine, has no memory left."""
+    # On the CPU torch raises a plain RuntimeError, which only its text tells apart.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -1,13 +1,17 @@
 """Captions for a folder of images."""
 
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from captioner.annotations import ImageId, read_annotations
-from captioner.captioner import Captioner
+from captioner.captioner import Caption, Captioner
 from captioner.config import SearchConfig
+from captioner.device import free_memory, is_out_of_memory
 from captioner.errors import DataError, name_some
 from captioner.images import in_batches, load_pixels
 from captioner.progress import Progress, say
@@ -89,27 +93,33 @@ def caption_files(
     captioner: Captioner,
     images: Sequence[ImageFile],
     search: SearchConfig,
-    batch_size: int = 32,
+    batch_size: int = 0,
     workers: int = -1,
-) -> tuple[dict[ImageId, str], dict[str, str]]:
+) -> tuple[dict[ImageId, list[Caption]], dict[str, str]]:
     """Caption image files, whatever happens to single ones.
 
     Args:
         captioner: The captioner.
         images: What to caption.
-        search: How.
-        batch_size: Images encoded and decoded at a time.
+        search: How. Samples of an image depend on its id, not on the images beside it.
+        batch_size: Images encoded and decoded at a time; 0 takes what fits into memory. Where
+            memory runs out all the same, batches are halved from there on.
         workers: Processes that read images; -1 takes one a core.
 
     Returns:
-        The captions by image id, and for each image that couldn't be read its name and why.
+        The captions by image id, best first, and for each image that couldn't be read its name
+        and why.
+
+    Raises:
+        MemoryError: Even a single image is too much.
     """
-    captions: dict[ImageId, str] = {}
+    captions: dict[ImageId, list[Caption]] = {}
     failed: dict[str, str] = {}
+    at_once = batch_size or _fitting(captioner, search)
     loaded = load_pixels(
         [image.path for image in images],
         captioner.model.encoder.preprocessing,
-        in_batches(len(images), batch_size),
+        in_batches(len(images), at_once),
         workers,
         pin_memory=captioner.device.type == "cuda",
     )
@@ -118,9 +128,46 @@ def caption_files(
             for index, message in batch.failures:
                 failed[images[index].name] = message
                 say(f"warning: {message}")
-            if batch.indices:
-                found = captioner.hypotheses(batch.pixels, search)
-                words = captioner.model.words(found)
-                captions |= zip((images[i].image_id for i in batch.indices), words, strict=True)
-            bar.update(len(batch.indices) + len(batch.failures))
+            bar.update(len(batch.failures))
+            done = 0
+            while done < len(batch.indices):
+                indices = batch.indices[done : done + at_once]
+                pixels = batch.pixels[done : done + at_once]
+                keys = torch.tensor([_key(images[index].image_id) for index in indices])
+                try:
+                    found = captioner.captions(pixels, search, keys)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    at_once = _smaller(at_once, captioner.device)
+                    continue
+                captions |= zip((images[i].image_id for i in indices), found, strict=True)
+                done += len(indices)
+                bar.update(len(indices))
     return captions, failed
+
+
+def _fitting(captioner: Captioner, search: SearchConfig) -> int:
+    """Return how many images at a time should fit into memory, roughly."""
+    model = captioner.model
+    pixels = 3 * model.encoder.preprocessing.image_size**2
+    regions, width = model.encoder.grid_shape
+    beams = max(search.beam_size, search.samples)
+    # What a CNN's widest layers hold; scores of all words; what attention makes of the regions.
+    each = 200 * pixels + beams * (16 * len(model.vocabulary) + 8 * regions * width)
+    most = 256 if captioner.device.type == "cuda" else 64
+    return max(1, min(most, free_memory(captioner.device) // (4 * each)))
+
+
+def _smaller(at_once: int, device: torch.device) -> int:
+    if at_once == 1:
+        raise MemoryError(f"{device} has too little memory for one image: take a smaller beam")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    say(f"warning: out of memory with {at_once} images at a time: going on with {at_once // 2}")
+    return at_once // 2
+
+
+def _key(image_id: ImageId) -> int:
+    """Return a number that is the image's own."""
+    return zlib.crc32(str(image_id).encode("utf-8", "surrogatepass"))

@@ -11,6 +11,7 @@ Loading one reads tensors and JSON; it never runs code from it.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ from torch import Tensor, nn
 
 from captioner import __version__
 from captioner.config import DecoderConfig, SearchConfig, parse
+from captioner.constraints import Rules
 from captioner.decoder import make_decoder
 from captioner.device import autocast
 from captioner.encoder import Encoder
 from captioner.errors import CheckpointError, ConfigError
 from captioner.files import recover_directory, write_json
 from captioner.images import Preprocessing
-from captioner.search import Hypothesis, beam_search
-from captioner.vocabulary import Vocabulary
+from captioner.search import Hypothesis, average
+from captioner.search import decode as search
+from captioner.vocabulary import BOS, PAD, Vocabulary
 
 FORMAT = 1
 
@@ -60,22 +63,95 @@ class CaptionModel(nn.Module):
         """Where the weights are."""
         return self.decoder.embedding.weight.device
 
-    @torch.inference_mode()
     def decode(
-        self, features: Tensor, search: SearchConfig, precision: torch.dtype
+        self,
+        features: Tensor,
+        settings: SearchConfig,
+        precision: torch.dtype,
+        keys: Tensor | None = None,
     ) -> list[list[Hypothesis]]:
         """Find captions for features (B, N, D); for each image the best come first."""
+        return decode([self], [features], settings, precision, keys)
+
+    @torch.inference_mode()
+    def attention(
+        self, features: Tensor, found: Sequence[Sequence[Hypothesis]], precision: torch.dtype
+    ) -> list[list[Tensor]] | None:
+        """Return what the decoder looked at for each word of captions.
+
+        Args:
+            features: (B, N, D).
+            found: The captions of each image.
+            precision: As in ``decode``.
+
+        Returns:
+            For each caption (T, N): for each of its words, and for its end, the weights of the
+            regions, which sum to 1. None for a decoder without attention.
+        """
+        most = max(len(captions) for captions in found)
+        ids = [
+            [torch.tensor([BOS, *caption.token_ids]) for caption in captions] for captions in found
+        ]
+        empty = torch.tensor([BOS])
+        rows = [row for of_image in ids for row in of_image + [empty] * (most - len(of_image))]
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+        token_ids = token_ids.view(len(found), most, -1).to(self.device)
         was_training = self.training
         self.eval()
         with autocast(self.device, precision):
-            memory, state = self.decoder.start(features.to(self.device).float())
-            found = beam_search(self.decoder.step, state, memory, **dataclasses.asdict(search))
+            weights = self.decoder.attention(features.to(self.device).float(), token_ids)
         self.train(was_training)
-        return found
+        if weights is None:
+            return None
+        weights = weights.float().cpu()
+        return [
+            [of_image[place, : len(row)] for place, row in enumerate(of_ids)]
+            for of_image, of_ids in zip(weights, ids, strict=True)
+        ]
 
     def words(self, hypotheses: list[list[Hypothesis]]) -> list[str]:
         """Return the best caption of each image as text."""
         return [self.vocabulary.decode(best[0].token_ids) for best in hypotheses]
+
+
+@torch.inference_mode()
+def decode(
+    models: Sequence[CaptionModel],
+    features: Sequence[Tensor],
+    settings: SearchConfig,
+    precision: torch.dtype,
+    keys: Tensor | None = None,
+) -> list[list[Hypothesis]]:
+    """Find captions with one model, or with the mean of the probabilities of several.
+
+    Args:
+        models: With the same vocabulary, on the same device.
+        features: Each model's own of the images, (B, N, D).
+        settings: How to search.
+        precision: torch.bfloat16 or torch.float32, for matrix products.
+        keys: See ``search.decode``.
+
+    Raises:
+        ConfigError: No caption could meet the settings.
+        SearchError: A model gives NaN.
+    """
+    device = models[0].device
+    rules = Rules.of(settings, models[0].vocabulary)
+    were_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    with autocast(device, precision):
+        begun = [
+            model.decoder.start(own.to(device).float())
+            for model, own in zip(models, features, strict=True)
+        ]
+        memories, states = zip(*begun, strict=True)
+        steps = [model.decoder.step for model in models]
+        step = steps[0] if len(models) == 1 else average(steps, states, memories)
+        found = search(step, sum(states, ()), sum(memories, ()), settings, rules, keys)
+    for model, was_training in zip(models, were_training, strict=True):
+        model.train(was_training)
+    return found
 
 
 def save_checkpoint(model: CaptionModel, directory: Path, scores: dict[str, Any]) -> None:

@@ -40,11 +40,9 @@ def test_float_and_uint8_tensors_are_the_same_pixels(captioner, drawn, monkeypat
     """All 256 values, in single precision, come back as they were."""
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
     seen = []
-    hypotheses = captioner.hypotheses
+    features = captioner.features
     monkeypatch.setattr(
-        captioner,
-        "hypotheses",
-        lambda pixels, search: seen.append(pixels) or hypotheses(pixels, search),
+        captioner, "features", lambda pixels: seen.append(pixels) or features(pixels)
     )
     captioner.caption([ramp, ramp / 255, ramp / np.float32(255)])
     assert torch.equal(seen[0][0], seen[0][1])
@@ -78,7 +76,7 @@ def test_batches_never_change_a_caption(captioner, drawn, beam_size):
     one_by_one = [captioner.caption(image, beam_size=beam_size) for image in images]
     assert len(set(one_by_one[8:])) > 3
     for batch_size in (1, 3, 100):
-        assert captioner.caption(images, beam_size, batch_size=batch_size) == one_by_one
+        assert captioner.caption(images, beam_size=beam_size, batch_size=batch_size) == one_by_one
 
 
 def test_a_generator_is_read_a_batch_at_a_time(captioner, drawn):
@@ -97,7 +95,7 @@ def test_a_generator_is_read_a_batch_at_a_time(captioner, drawn):
 
 def test_settings_are_the_checkpoints_unless_given(captioner, drawn):
     assert captioner.search() == captioner.model.search
-    changed = captioner.search(7, 9, 0.0)
+    changed = captioner.search(beam_size=7, max_length=9, length_penalty=0.0, groups=None)
     assert (changed.beam_size, changed.max_length, changed.length_penalty) == (7, 9, 0.0)
     assert captioner.caption(drawn.paths[0], max_length=2) == "a red"
     assert len(captioner.caption(drawn.paths[0]).split()) == 5

@@ -201,8 +201,8 @@ def test_help_of_every_tool(name, tmp_path):
 def test_help_shows_defaults():
     shown = " ".join(python(ROOT / "tools/caption_folder.py", "--help").stdout.split())
     for line in (
-        "images at a time (default: 32)",
-        "hypotheses kept; default: the checkpoint's --max-length",
+        "images at a time; 0 is what fits into memory (default: 0)",
+        "The defaults are the checkpoint's own settings. --beam-size BEAM_SIZE Hypotheses kept;",
         "cuda:N or mps (default: auto)",
         "computes in it (default: auto)",
     ):

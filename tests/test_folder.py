@@ -224,7 +224,7 @@ def test_annotations_that_list_nothing(checkpoint, drawn, tmp_path, capsys, cont
         ("folder.json", [], "folder.json: this is a folder"),
         ("taken/captions.json", [], "taken/captions.json: can't be written"),
         ("new/c.json", ["--split", "test"], "--annotations, which is missing"),
-        ("new/c.json", ["--batch-size", "0"], "--batch-size: at least 1 was expected, found 0"),
+        ("new/c.json", ["--batch-size", "-1"], "--batch-size: at least 0 was expected, found -1"),
     ],
 )
 def test_wrong_usage_is_refused_before_any_work(tmp_path, capsys, output, options, expected):

@@ -7,13 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from captioner.config import DecoderConfig
+from captioner.config import DecoderConfig, SearchConfig
 from captioner.decoder import make_decoder
 from captioner.errors import SearchError
-from captioner.search import Hypothesis, beam_search
+from captioner.search import Hypothesis, decode
 from captioner.vocabulary import BOS, EOS, PAD, UNK
 
 INF = math.inf
+
+
+def beam_search(step, state, memory, beam_size, max_length, length_penalty=0.0, n_best=1):
+    """Search by beam, told by position."""
+    settings = SearchConfig(beam_size, max_length, length_penalty, min(n_best, beam_size))
+    return decode(step, state, memory, settings)
 
 
 class HistoryModel:

@@ -135,7 +135,7 @@ def training(
 def captioning(captioner: Captioner, paths: Sequence[Path], beam_size: int) -> float:
     """Return images/s from files to captions."""
     images = [ImageFile(number, path.name, path) for number, path in enumerate(paths)]
-    search = captioner.search(beam_size)
+    search = captioner.search(beam_size=beam_size)
     return len(paths) / _seconds(lambda: caption_files(captioner, images, search), captioner.device)
 
 

@@ -1,14 +1,22 @@
 """``captioner caption``: caption a folder of images."""
 
 import argparse
+import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from captioner.cli import HelpFormatter, command
+from captioner.config import SearchConfig, attribute_docs
 from captioner.errors import UsageError, name_some
 from captioner.progress import say
 from captioner.results import results_format, write_results
+
+if TYPE_CHECKING:  # torch takes seconds to import: --help must not wait for it
+    from captioner.captioner import Caption
+    from captioner.folder import ImageFile
 
 DESCRIPTION = """\
 Caption the images in a folder and the folders below it.
@@ -37,14 +45,18 @@ def _parser() -> argparse.ArgumentParser:
         help="caption just the images listed in this captions file, and use its ids",
     )
     parser.add_argument("--split", help="the images of this split of --annotations alone")
-    parser.add_argument("--beam-size", type=int, help="hypotheses kept; default: the checkpoint's")
-    parser.add_argument("--max-length", type=int, help="most words; default: the checkpoint's")
     parser.add_argument(
-        "--length-penalty",
-        type=float,
-        help="rank by log-probability / length ** this; default: the checkpoint's",
+        "--ensemble",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="CHECKPOINT",
+        help="further checkpoints, with the same vocabulary: probabilities are averaged",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="images at a time")
+    _add_search_settings(parser)
+    parser.add_argument(
+        "--batch-size", type=int, default=0, help="images at a time; 0 is what fits into memory"
+    )
     parser.add_argument(
         "--workers", type=int, default=-1, help="processes that read images; -1 is one a core"
     )
@@ -56,6 +68,21 @@ def _parser() -> argparse.ArgumentParser:
         help="auto is bfloat16 where the device computes in it",
     )
     return parser
+
+
+def _add_search_settings(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each search setting, explained as in ``SearchConfig``."""
+    group = parser.add_argument_group("search", "The defaults are the checkpoint's own settings.")
+    explained = attribute_docs(SearchConfig)
+    for field in dataclasses.fields(SearchConfig):
+        flag, text = f"--{field.name.replace('_', '-')}", explained[field.name].replace("%", "%%")
+        default = field.default
+        if isinstance(default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif isinstance(default, tuple):
+            group.add_argument(flag, nargs="+", metavar="WORDS", help=text)
+        else:
+            group.add_argument(flag, type=type(default), help=text)
 
 
 def _refuse_unwritable(path: Path) -> None:
@@ -75,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results_format(args.output)  # before hours of work, not after
     if args.split and not args.annotations:
         raise UsageError("--split chooses among the images of --annotations, which is missing")
-    if args.batch_size < 1:
-        raise UsageError(f"--batch-size: at least 1 was expected, found {args.batch_size}")
+    if args.batch_size < 0:
+        raise UsageError(f"--batch-size: at least 0 was expected, found {args.batch_size}")
     _refuse_unwritable(args.output)
 
     from captioner.captioner import Captioner
@@ -86,12 +113,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = listed_images(args.folder, args.annotations, args.split)
     else:
         images = find_images(args.folder)
-    captioner = Captioner.from_pretrained(args.checkpoint, args.device, args.precision)
-    search = captioner.search(args.beam_size, args.max_length, args.length_penalty)
+    checkpoints = [args.checkpoint, *args.ensemble]
+    captioner = Captioner.from_pretrained(checkpoints, args.device, args.precision)
+    settings = {name: getattr(args, name) for name in attribute_docs(SearchConfig)}
+    settings |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+    search = captioner.search(**settings)
+    if search.n_best > 1 and results_format(args.output) != ".jsonl":
+        raise UsageError(
+            f"--output {args.output}: {search.n_best} captions of an image (search.n_best) need a "
+            "name that ends in .jsonl"
+        )
     captions, failed = caption_files(captioner, images, search, args.batch_size, args.workers)
 
     rows = [
-        {"image_id": image.image_id, "file_name": image.name, "caption": captions[image.image_id]}
+        _row(image, captions[image.image_id], search.n_best)
         for image in images
         if image.image_id in captions
     ]
@@ -99,7 +134,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [{"image_id": row["image_id"], "caption": row["caption"]} for row in rows]
     write_results(args.output, rows)
     print(f"{len(rows)} captions in {args.output}")
+    impossible = [name for name, best in captions.items() if best[0].log_probability == -math.inf]
+    if impossible:
+        say(
+            f"warning: {len(impossible)} captions are empty, no caption that met the settings was "
+            f"found: {name_some(impossible)}"
+        )
     if failed:
         say(f"{len(failed)} of {len(images)} images could not be read: {name_some(failed)}")
         return 3
     return 0
+
+
+def _row(image: "ImageFile", captions: Sequence["Caption"], n_best: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "image_id": image.image_id,
+        "file_name": image.name,
+        "caption": captions[0].text,
+    }
+    if n_best > 1:
+        scores = (each.log_probability for each in captions)
+        row["captions"] = [each.text for each in captions]
+        row["log_probabilities"] = [score if math.isfinite(score) else None for score in scores]
+    return row
