@@ -15,8 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 from captioner.config import SearchConfig
 from captioner.device import choose_device, choose_precision
 from captioner.errors import CheckpointError, ConfigError, ImageError, UsageError, did_you_mean
-from captioner.features import encode
-from captioner.images import load_image, to_rgb
+from captioner.images import to_rgb
 from captioner.model import CaptionModel, decode, load_checkpoint
 from captioner.search import Hypothesis
 
@@ -72,8 +71,13 @@ class Captioner:
         for other in self.models[1:]:
             _refuse_strangers(self.model, other)
         # Models that share a CNN share what it says about an image.
-        prints = [repr(model.encoder.fingerprint()) for model in self.models if len(models) > 1]
-        self._encoder_of = [prints.index(each) for each in prints] or [0]
+        cnns = [repr(model.encoder.fingerprint()) if len(models) > 1 else "" for model in models]
+        self._cnn_of = [cnns.index(each) for each in cnns]
+        self._cnns = {
+            number: self.models[number].encoder.for_inference(self.precision)
+            for number in set(self._cnn_of)
+        }
+        self._decoders = [model.decoder.for_search(self.precision) for model in self.models]
 
     @classmethod
     def from_pretrained(
@@ -165,12 +169,8 @@ class Captioner:
 
     def features(self, pixels: Tensor) -> list[Tensor]:
         """Return each model's features (B, N, D) of preprocessed pixels (B, 3, S, S), uint8."""
-        found: dict[int, Tensor] = {}
-        for number in self._encoder_of:
-            if number not in found:
-                encoder = self.models[number].encoder
-                found[number] = encode(encoder, pixels, self.device, self.precision)
-        return [found[number] for number in self._encoder_of]
+        found = {number: cnn(pixels) for number, cnn in self._cnns.items()}
+        return [found[number] for number in self._cnn_of]
 
     def hypotheses(
         self, features: Sequence[Tensor], search: SearchConfig, keys: Tensor | None = None
@@ -182,7 +182,7 @@ class Captioner:
             search: How to search.
             keys: A number for each image, (B,), that its samples depend on.
         """
-        return decode(self.models, features, search, self.precision, keys)
+        return decode(self._decoders, features, search, self.model.vocabulary, keys)
 
     def captions(
         self,
@@ -229,7 +229,14 @@ class Captioner:
         left = iter([images] if _is_one(images) else images)  # type: ignore[arg-type]
         done = 0
         while batch := list(islice(left, batch_size)):
-            pixels = torch.stack([preprocess(_open(image)) for image in batch])
+            pixels = torch.stack(
+                [
+                    preprocess.load(image)
+                    if isinstance(image, (str, Path))
+                    else preprocess(_open(image))
+                    for image in batch
+                ]
+            )
             keys = torch.arange(done, done + len(batch))
             yield from self.captions(pixels, search, keys, attention)
             done += len(batch)
@@ -255,10 +262,10 @@ def _refuse_strangers(first: CaptionModel, other: CaptionModel) -> None:
         )
 
 
-def _open(image: ImageLike) -> Image.Image:
+def _open(image: Image.Image | Tensor) -> Image.Image:
     if isinstance(image, Tensor):
         return to_rgb(to_pil_image(_to_uint8(image.cpu())))
-    return to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+    return to_rgb(image)
 
 
 def _to_uint8(image: Tensor) -> Tensor:

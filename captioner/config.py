@@ -34,7 +34,8 @@ class DataConfig:
         max_words: Longer training captions are cut to this many words.
         bad_images: What an image that is missing or can't be decoded does: "error" or "skip".
         cache_dir: Feature cache; "" is the user's cache folder.
-        workers: Processes that decode images; -1 takes one a core, 16 at most.
+        workers: Processes (GPU) or threads (CPU) that decode images; -1 takes one a core, 16 at
+            most.
     """
 
     train_annotations: str

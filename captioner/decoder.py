@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
 
 from captioner.config import DecoderConfig
-from captioner.recurrent import StepCells, sequence_module, states_of
+from captioner.recurrent import StepCells, Stepper, sequence_module, states_of
 from captioner.vocabulary import PAD
 
 # What belongs to images, tensors of (B, …), and what belongs to hypotheses, tensors of (B, K, …).
@@ -39,26 +40,11 @@ class TeacherForced:
     attention: Tensor | None = None
 
 
-class Decoder(nn.Module, ABC):
-    """What both decoders share. ``step`` and ``teacher_forcing`` compute the same function.
+class Steps(ABC):
+    """A decoder for search: without gradient and dropout, with all that can be done beforehand.
 
-    Args:
-        config: The decoder's settings.
-        vocabulary_size: V.
-        feature_width: D.
-
-    Attributes:
-        pooled: Whether it takes the mean of the grid, (B, 1, D), in place of the grid (B, N, D).
+    What the first recurrent layer makes of a word is looked up instead of multiplied.
     """
-
-    pooled = False
-
-    def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(vocabulary_size, config.embedding_size, padding_idx=PAD)
-        nn.init.uniform_(self.embedding.weight[PAD + 1 :], -0.1, 0.1)
-        self.dropout = nn.Dropout(config.dropout)
 
     @abstractmethod
     def start(self, features: Tensor) -> tuple[Memory, State]:
@@ -82,6 +68,36 @@ class Decoder(nn.Module, ABC):
 
         Returns:
             Logits of the next tokens, (B, K, V), and the new state.
+        """
+
+
+class Decoder(nn.Module, ABC):
+    """What both decoders share. ``teacher_forcing`` and ``for_search`` compute the same function.
+
+    Args:
+        config: The decoder's settings.
+        vocabulary_size: V.
+        feature_width: D.
+
+    Attributes:
+        pooled: Whether it takes the mean of the grid, (B, 1, D), in place of the grid (B, N, D).
+    """
+
+    pooled = False
+
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocabulary_size, config.embedding_size, padding_idx=PAD)
+        nn.init.uniform_(self.embedding.weight[PAD + 1 :], -0.1, 0.1)
+        self.dropout = nn.Dropout(config.dropout)
+
+    @abstractmethod
+    def for_search(self, dtype: torch.dtype) -> Steps:
+        """Return the decoder as a search uses it: the same function, a step at a time.
+
+        Args:
+            dtype: In which it computes; weights are copied into it, once.
         """
 
     @abstractmethod
@@ -119,19 +135,9 @@ class ShowAndTell(Decoder):
         )
         self.output = nn.Linear(config.hidden_size, vocabulary_size)
 
-    def start(self, features: Tensor) -> tuple[Memory, State]:
-        """See ``Decoder.start``: one step on the image; what it would say is not used."""
-        image = self.dropout(self.image(features.mean(1, keepdim=True)))  # (B, 1, E)
-        _, state = self.recurrence(image)
-        return (), self._unpack(state, len(features))
-
-    def step(self, token_ids: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
-        """See ``Decoder.step``."""
-        images, beams = token_ids.shape
-        words = self.dropout(self.embedding(token_ids)).view(images * beams, 1, -1)
-        hidden, new = self.recurrence(words, self._pack(state))
-        logits = self.output(self.dropout(hidden))
-        return logits.view(images, beams, -1), self._unpack(new, images)
+    def for_search(self, dtype: torch.dtype) -> Steps:
+        """See ``Decoder.for_search``."""
+        return _ShowAndTellSteps(self, dtype)
 
     def teacher_forcing(self, features: Tensor, token_ids: Tensor) -> TeacherForced:
         """See ``Decoder.teacher_forcing``: one fused call over the whole sequence."""
@@ -150,15 +156,29 @@ class ShowAndTell(Decoder):
             return state.repeat_interleave(captions, 1)
         return tuple(part.repeat_interleave(captions, 1) for part in state)
 
-    def _unpack(self, state: Tensor | State, images: int) -> State:
-        """From torch's (L, B * K, H) to (B, K, L, H)."""
-        parts = (state,) if isinstance(state, Tensor) else state
-        return tuple(part.transpose(0, 1).unflatten(0, (images, -1)) for part in parts)
 
-    def _pack(self, state: State) -> Tensor | State:
-        """From (B, K, L, H) to torch's (L, B * K, H)."""
-        parts = tuple(part.flatten(0, 1).transpose(0, 1).contiguous() for part in state)
-        return parts if len(parts) > 1 else parts[0]
+class _ShowAndTellSteps(Steps):
+    def __init__(self, decoder: ShowAndTell, dtype: torch.dtype) -> None:
+        config = decoder.config
+        self._image = _weights(decoder.image, dtype)
+        self._output = _weights(decoder.output, dtype)
+        self._cells = Stepper(decoder.recurrence, config.cell, dtype)
+        self._from_word = _of_each_word(decoder, self._cells)
+        self._per_layer = states_of(config.cell)
+        self._state = (config.layers * self._per_layer, config.hidden_size)
+
+    def start(self, features: Tensor) -> tuple[Memory, State]:
+        """See ``Steps.start``: one step on the image; what it would say is not used."""
+        pooled = features.mean(1, keepdim=True).to(self._output[0].dtype)
+        image = linear(pooled, *self._image)  # (B, 1, E)
+        from_image = linear(image, self._cells.input_weight, self._cells.input_bias)
+        zeros = image.new_zeros((len(image), 1, *self._state)).unbind(2)
+        return (), self._cells.step(from_image, zeros)
+
+    def step(self, token_ids: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
+        """See ``Steps.step``."""
+        state = self._cells.step(embedding(token_ids, self._from_word), state)
+        return linear(state[-self._per_layer], *self._output), state
 
 
 class ShowAttendTell(Decoder):
@@ -180,20 +200,18 @@ class ShowAttendTell(Decoder):
         self.context_output = nn.Linear(width, config.embedding_size, bias=False)
         self.output = nn.Linear(config.embedding_size, vocabulary_size)
 
+    def for_search(self, dtype: torch.dtype) -> Steps:
+        """See ``Decoder.for_search``."""
+        return _ShowAttendTellSteps(self, dtype)
+
     def start(self, features: Tensor) -> tuple[Memory, State]:
-        """See ``Decoder.start``: memory is the features and their attention keys."""
+        """Return the features and their attention keys, and the state before the first word."""
         features = self.dropout(self.feature(features))
         initial = torch.tanh(self.initial(features.mean(1)))  # (B, S * L * H)
         state = initial.view(len(features), 1, -1, self.config.hidden_size)
         keys = self.key(features)
         # Under autocast keys are bfloat16; cast features with them, once and not at each step.
         return (features.to(keys.dtype), keys), tuple(state.unbind(2))
-
-    def step(self, token_ids: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
-        """See ``Decoder.step``."""
-        words = self.dropout(self.embedding(token_ids))
-        hidden, context, _, state = self._recur(words, state, memory)
-        return self._logits(words, hidden, context), state
 
     def _recur(
         self, words: Tensor, state: State, memory: Memory
@@ -278,6 +296,90 @@ class ShowAttendTell(Decoder):
             laid_out[order], torch.cat(hiddens)[order], torch.cat(contexts)[order]
         )
         return TeacherForced(logits, laid_targets[order], attention[real.any(-1)])
+
+
+class _ShowAttendTellSteps(Steps):
+    def __init__(self, decoder: ShowAttendTell, dtype: torch.dtype) -> None:
+        config = decoder.config
+        self._dtype, self._hidden = dtype, config.hidden_size
+        feature = decoder.feature
+        self._feature = _weights(feature, dtype) if isinstance(feature, nn.Linear) else None
+        self._initial, self._key = _weights(decoder.initial, dtype), _weights(decoder.key, dtype)
+        # All that is made of the last h, in one product.
+        query, (gate, gate_bias) = decoder.query.weight.detach(), _weights(decoder.gate, dtype)
+        self._looking = torch.cat([query.to(dtype), gate])
+        self._looking_bias = torch.cat([gate_bias.new_zeros(len(query)), gate_bias])
+        self._widths = [len(query), len(gate)]
+        self._score = -2 * decoder.score.weight.detach().to(dtype)
+        self._cells = Stepper(decoder.cells, config.cell, dtype)
+        self._per_layer = states_of(config.cell)
+        self._from_word = _of_each_word(decoder, self._cells)
+        self._from_context = self._cells.input_weight[:, config.embedding_size :].contiguous()
+        hidden_output, bias = _weights(decoder.hidden_output, dtype)
+        context_output = decoder.context_output.weight.detach().to(dtype)
+        self._mixing = torch.cat([hidden_output, context_output], 1)
+        self._words = decoder.embedding.weight.detach().to(dtype) + bias
+        self._output = _weights(decoder.output, dtype)
+
+    def start(self, features: Tensor) -> tuple[Memory, State]:
+        """See ``Steps.start``: memory is features, keys, and the keys' powers if they fit."""
+        features = features.to(self._dtype)
+        if self._feature:
+            features = linear(features, *self._feature)
+        initial = torch.tanh(linear(features.mean(1), *self._initial))  # (B, S * L * H)
+        state = initial.view(len(features), 1, -1, self._hidden)
+        keys = linear(features, *self._key)
+        memory = (
+            (features, keys) if bool((keys.abs() > FAR).any()) else (features, keys, _power(keys))
+        )
+        return memory, tuple(state.unbind(2))
+
+    def step(self, token_ids: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
+        """See ``Steps.step``."""
+        context = self._context(state[-self._per_layer], memory)
+        from_input = embedding(token_ids, self._from_word) + linear(context, self._from_context)
+        state = self._cells.step(from_input, state)
+        seen = torch.cat([state[-self._per_layer], context], -1)
+        mixed = embedding(token_ids, self._words) + linear(seen, self._mixing)
+        return linear(mixed, *self._output), state
+
+    def _context(self, hidden: Tensor, memory: Memory) -> Tensor:
+        """Return ``ShowAttendTell.attend``'s context, by powers of e in place of each tanh.
+
+        tanh(k + q) = 1 - 2 / (1 + e^2k e^2q), where the 1 adds the same to all scores and the
+        softmax takes it out again. e^2k is computed once per image.
+        """
+        features, keys, *powers = memory
+        looking = linear(hidden, self._looking, self._looking_bias)
+        query, gate = looking.split(self._widths, -1)
+        if powers:
+            power, one = _power(query).unsqueeze(2), keys.new_ones(())
+            parts = torch.addcmul(one, powers[0].unsqueeze(1), power).reciprocal_()
+        else:
+            parts = torch.tanh(keys.unsqueeze(1) + query.unsqueeze(2)).mul_(-0.5)
+        scores = linear(parts, self._score).squeeze(-1)
+        precise = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.softmax(scores, -1, dtype=precise)
+        return torch.sigmoid(gate) * torch.bmm(weights.to(features.dtype), features)
+
+
+# Where keys are nearer to 0 than this, a query beyond 43 makes tanh(k + q) 1 in any precision, and
+# can be taken for 43, so that e^2q doesn't overflow.
+FAR = 20
+
+
+def _power(x: Tensor) -> Tensor:
+    return (2 * x.clamp(-43, 43)).exp()
+
+
+def _weights(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
+
+
+def _of_each_word(decoder: Decoder, cells: Stepper) -> Tensor:
+    """Return what the first recurrent layer makes of each word, bias included: (V, gates * H)."""
+    words = decoder.embedding.weight.detach().to(cells.input_weight.dtype)
+    return linear(words, cells.input_weight[:, : words.shape[1]], cells.input_bias)
 
 
 def _rectangles(real: Tensor) -> tuple[list[tuple[int, int]], Tensor]:

@@ -28,14 +28,13 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from captioner.device import autocast
 from captioner.encoder import Encoder
 from captioner.errors import CacheError, ImageError, name_some
 from captioner.files import write_json
 from captioner.images import in_batches, load_pixels
 from captioner.progress import Progress, say
 
-FORMAT = 1
+FORMAT = 2  # 1: batch norm wasn't folded, large JPEGs weren't scaled while they were decoded
 ENCODE_BATCH = 32
 # Waiting for the disk after each batch would take longer than the CNN; a process that is killed
 # computes at most this much again.
@@ -103,29 +102,20 @@ def cached_features(
         missing = {key: i for i, key in enumerate(keys) if key is not None and key not in known}
         if missing:
             store.refuse_if_too_large(len(missing))
+            cnn = encoder.for_inference(precision)
             numbers = list(missing.values())
             batches = [[numbers[i] for i in b] for b in in_batches(len(numbers), ENCODE_BATCH)]
             with Progress(f"encoding with {encoder.name}", len(missing), "image") as bar:
-                for batch in load_pixels(paths, encoder.preprocessing, batches, workers):
+                for batch in load_pixels(paths, encoder.preprocessing, batches, device, workers):
                     failures += batch.failures
                     if batch.indices:
-                        grid = encode(encoder, batch.pixels, device, precision)
+                        grid = cnn(batch.pixels)
                         rows = grid.mean(1, keepdim=True) if pooled else grid
                         store.append([keys[i] for i in batch.indices], _to_float16(rows))
                     bar.update(len(batch.indices) + len(batch.failures))
     report_failures(failures, len(paths), bad_images)
     index = np.array([store.row_of.get(key, -1) for key in keys], dtype=np.int64)
     return Features(store.map_rows(), index)
-
-
-@torch.inference_mode()
-def encode(
-    encoder: Encoder, pixels: torch.Tensor, device: torch.device, precision: torch.dtype
-) -> torch.Tensor:
-    """Return the grid features of pixels (B, 3, S, S), uint8: (B, N, D), float32."""
-    encoder.eval()
-    with autocast(device, precision):
-        return encoder(pixels.to(device, non_blocking=True)).float()
 
 
 def report_failures(failures: list[tuple[int, str]], total: int, bad_images: str) -> None:

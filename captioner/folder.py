@@ -104,7 +104,7 @@ def caption_files(
         search: How. Samples of an image depend on its id, not on the images beside it.
         batch_size: Images encoded and decoded at a time; 0 takes what fits into memory. Where
             memory runs out all the same, batches are halved from there on.
-        workers: Processes that read images; -1 takes one a core.
+        workers: Processes (GPU) or threads (CPU) that read images; -1 takes one a core.
 
     Returns:
         The captions by image id, best first, and for each image that couldn't be read its name
@@ -120,8 +120,8 @@ def caption_files(
         [image.path for image in images],
         captioner.model.encoder.preprocessing,
         in_batches(len(images), at_once),
+        captioner.device,
         workers,
-        pin_memory=captioner.device.type == "cuda",
     )
     with Progress("captioning", len(images), "image") as bar:
         for batch in loaded:

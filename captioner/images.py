@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,23 @@ TURNS = {
 }
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, least: int = 0) -> Image.Image:
     """Read an image file as upright RGB, whatever its mode, bit depth or rotation.
 
     Transparency becomes white; of an animation the first frame is taken.
+
+    Args:
+        path: The file.
+        least: A large JPEG may come out at 1/2, 1/4 or 1/8 of its size, which its decoder does for
+            next to nothing, as long as both sides keep this many pixels; 0 keeps the size.
 
     Raises:
         ImageError: It can't be read; the message names the file and the reason.
     """
     try:
         with Image.open(path) as image:
+            if least:
+                image.draft(None, (least, least))
             image.load()
             return to_rgb(image)
     except FileNotFoundError:
@@ -118,6 +126,16 @@ class Preprocessing:
             image = transforms.center_crop(image, [self.image_size, self.image_size])
         return transforms.pil_to_tensor(image)
 
+    def load(self, path: str | Path) -> torch.Tensor:
+        """Return the pixels of an image file: (3, image_size, image_size), uint8.
+
+        Raises:
+            ImageError: It can't be read.
+        """
+        # At twice the size and more, what is scaled down beforehand can't be told apart after.
+        least = 2 * (self.image_size if self.resize == "squash" else self.resize_size)
+        return self(load_image(path, least))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return dataclasses.asdict(self)
@@ -150,32 +168,45 @@ def load_pixels(
     paths: Sequence[str | Path],
     preprocessing: Preprocessing,
     batches: Sequence[Sequence[int]],
+    device: torch.device,
     workers: int = -1,
-    pin_memory: bool = False,
 ) -> Iterator[PixelBatch]:
-    """Decode and preprocess images in worker processes, batch by batch, in order.
+    """Decode and preprocess images, batch by batch, in order.
+
+    For a GPU worker processes decode the next batches while it computes. On a CPU that computes
+    itself they would only take its cores away at the wrong moment: there threads decode a batch
+    when it is asked for, and end before the computing starts.
 
     Args:
         paths: All image files.
         preprocessing: What is done to each.
         batches: Indices into ``paths``, a list for each batch.
-        workers: Processes; 0 decodes in this one, -1 takes one a core (16 at most).
-        pin_memory: Put the pixels into page-locked memory, for faster copies to a GPU.
+        device: What computes with the pixels; they are not moved there.
+        workers: Processes or threads; 0 decodes in this one, -1 takes one a core (16 at most).
     """
     if workers < 0:
         workers = min(16, _cores())
-    if len(batches) < 2:
-        workers = 0
+    files = _ImageFiles(paths, preprocessing)
+    if device.type == "cpu" and workers:
+        return _load_in_threads(files, batches, workers)
     return iter(
         DataLoader(
-            _ImageFiles(paths, preprocessing),
+            files,
             batch_sampler=batches,  # type: ignore[arg-type]
             collate_fn=_collate,
-            num_workers=workers,
+            num_workers=workers if len(batches) > 1 else 0,
             generator=torch.Generator(),  # its own: dropout's random numbers stay as they are
-            pin_memory=pin_memory,
+            pin_memory=device.type == "cuda",
         )
     )
+
+
+def _load_in_threads(
+    files: "_ImageFiles", batches: Sequence[Sequence[int]], workers: int
+) -> Iterator[PixelBatch]:
+    with ThreadPoolExecutor(workers) as threads:
+        for batch in batches:
+            yield _collate(list(threads.map(files.__getitem__, batch)))
 
 
 def in_batches(count: int, batch_size: int) -> list[range]:
@@ -199,7 +230,7 @@ class _ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str]:
         try:
-            return index, self.preprocessing(load_image(self.paths[index])), ""
+            return index, self.preprocessing.load(self.paths[index]), ""
         except ImageError as error:
             return index, None, str(error)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from captioner import __version__
 from captioner.config import DecoderConfig, SearchConfig, parse
 from captioner.constraints import Rules
-from captioner.decoder import make_decoder
+from captioner.decoder import Steps, make_decoder
 from captioner.device import autocast
 from captioner.encoder import Encoder
 from captioner.errors import CheckpointError, ConfigError
@@ -63,16 +63,6 @@ class CaptionModel(nn.Module):
         """Where the weights are."""
         return self.decoder.embedding.weight.device
 
-    def decode(
-        self,
-        features: Tensor,
-        settings: SearchConfig,
-        precision: torch.dtype,
-        keys: Tensor | None = None,
-    ) -> list[list[Hypothesis]]:
-        """Find captions for features (B, N, D); for each image the best come first."""
-        return decode([self], [features], settings, precision, keys)
-
     @torch.inference_mode()
     def attention(
         self, features: Tensor, found: Sequence[Sequence[Hypothesis]], precision: torch.dtype
@@ -82,7 +72,7 @@ class CaptionModel(nn.Module):
         Args:
             features: (B, N, D).
             found: The captions of each image.
-            precision: As in ``decode``.
+            precision: torch.bfloat16 or torch.float32, for matrix products.
 
         Returns:
             For each caption (T, N): for each of its words, and for its end, the weights of the
@@ -116,42 +106,31 @@ class CaptionModel(nn.Module):
 
 @torch.inference_mode()
 def decode(
-    models: Sequence[CaptionModel],
+    decoders: Sequence[Steps],
     features: Sequence[Tensor],
     settings: SearchConfig,
-    precision: torch.dtype,
+    vocabulary: Vocabulary,
     keys: Tensor | None = None,
 ) -> list[list[Hypothesis]]:
-    """Find captions with one model, or with the mean of the probabilities of several.
+    """Find captions with one decoder, or with the mean of the probabilities of several.
 
     Args:
-        models: With the same vocabulary, on the same device.
-        features: Each model's own of the images, (B, N, D).
+        decoders: As ``Decoder.for_search`` gives them, on the same device.
+        features: Each decoder's own of the images, (B, N, D).
         settings: How to search.
-        precision: torch.bfloat16 or torch.float32, for matrix products.
+        vocabulary: The decoders'.
         keys: See ``search.decode``.
 
     Raises:
         ConfigError: No caption could meet the settings.
-        SearchError: A model gives NaN.
+        SearchError: A decoder gives NaN.
     """
-    device = models[0].device
-    rules = Rules.of(settings, models[0].vocabulary)
-    were_training = [model.training for model in models]
-    for model in models:
-        model.eval()
-    with autocast(device, precision):
-        begun = [
-            model.decoder.start(own.to(device).float())
-            for model, own in zip(models, features, strict=True)
-        ]
-        memories, states = zip(*begun, strict=True)
-        steps = [model.decoder.step for model in models]
-        step = steps[0] if len(models) == 1 else average(steps, states, memories)
-        found = search(step, sum(states, ()), sum(memories, ()), settings, rules, keys)
-    for model, was_training in zip(models, were_training, strict=True):
-        model.train(was_training)
-    return found
+    rules = Rules.of(settings, vocabulary)
+    begun = [decoder.start(own) for decoder, own in zip(decoders, features, strict=True)]
+    memories, states = zip(*begun, strict=True)
+    steps = [decoder.step for decoder in decoders]
+    step = steps[0] if len(steps) == 1 else average(steps, states, memories)
+    return search(step, sum(states, ()), sum(memories, ()), settings, rules, keys)
 
 
 def save_checkpoint(model: CaptionModel, directory: Path, scores: dict[str, Any]) -> None:

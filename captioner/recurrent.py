@@ -1,4 +1,6 @@
-"""Recurrent cells by name, over torch.nn's own: whole sequences at once, or single steps."""
+"""Recurrent cells by name: torch.nn's own for whole sequences, their equations for single steps."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,3 +108,89 @@ def initialise(module: nn.Module, cell: str, hidden_size: int) -> None:
             parameter.zero_()
             if cell == "lstm" and "bias_ih" in name:
                 gates[1].fill_(1.0)  # torch orders the gates input, forget, cell, output
+
+
+# --- single steps -----------------------------------------------------------------------------
+#
+# Each takes what the input and what the last h give, W x + b and U h + b', (…, gates * H), and the
+# state of the layer; it returns the new state. The gates are in torch's order.
+
+
+def lstm_step(from_input: Tensor, from_hidden: Tensor, state: State) -> State:
+    """Take a step of the LSTM (Hochreiter and Schmidhuber 1997, with Gers's forget gate)."""
+    i, f, g, o = (from_input + from_hidden).chunk(4, -1)
+    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def gru_step(from_input: Tensor, from_hidden: Tensor, state: State) -> State:
+    """Take a step of the GRU (Cho et al. 2014, with the reset gate after the product)."""
+    reset, update, new = from_input.chunk(3, -1)
+    from_reset, from_update, from_new = from_hidden.chunk(3, -1)
+    r, z = torch.sigmoid(reset + from_reset), torch.sigmoid(update + from_update)
+    n = torch.tanh(new + r * from_new)
+    return ((1 - z) * n + z * state[0],)
+
+
+def tanh_step(from_input: Tensor, from_hidden: Tensor, state: State) -> State:
+    """Take a step of the vanilla RNN (Elman 1990)."""
+    return (torch.tanh(from_input + from_hidden),)
+
+
+def relu_step(from_input: Tensor, from_hidden: Tensor, state: State) -> State:
+    """Take a step of the vanilla RNN with rectified units (Le et al. 2015)."""
+    return (torch.relu(from_input + from_hidden),)
+
+
+STEPS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
+    "lstm": lstm_step,
+    "gru": gru_step,
+    "rnn_tanh": tanh_step,
+    "rnn_relu": relu_step,
+}
+
+
+class Stepper:
+    """The weights of a recurrence, in some dtype, for single steps without gradient.
+
+    The input of the first layer is given as what its weights make of it, so that whoever knows
+    the inputs beforehand, such as all words there are, can multiply them once.
+
+    Args:
+        recurrence: What ``sequence_module`` made, or ``StepCells``.
+        cell: One of ``CELLS``.
+        dtype: Of the copied weights.
+
+    Attributes:
+        input_weight, input_bias: Of the first layer: (gates * H, D), (gates * H,).
+    """
+
+    def __init__(self, recurrence: nn.RNNBase | StepCells, cell: str, dtype: torch.dtype) -> None:
+        self._step, self._states = STEPS[cell], states_of(cell)
+        names = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
+        if isinstance(recurrence, StepCells):
+            layers = [[getattr(layer, name) for name in names] for layer in recurrence.layers]
+        else:
+            numbers = range(recurrence.num_layers)
+            layers = [[getattr(recurrence, f"{name}_l{k}") for name in names] for k in numbers]
+        self._layers = [[weight.detach().to(dtype) for weight in layer] for layer in layers]
+        self.input_weight, self.input_bias = self._layers[0][:2]
+
+    def step(self, from_input: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Take one step.
+
+        Args:
+            from_input: The first layer's input times ``input_weight`` plus ``input_bias``,
+                (…, gates * H).
+            states: For each layer its h, or h and c, (…, H); the last layer's come last.
+
+        Returns:
+            The new states.
+        """
+        new: list[Tensor] = []
+        for number, (input_weight, input_bias, weight, bias) in enumerate(self._layers):
+            own = tuple(states[number * self._states : (number + 1) * self._states])
+            if number:
+                from_input = nn.functional.linear(new[-self._states], input_weight, input_bias)
+            new += self._step(from_input, nn.functional.linear(own[0], weight, bias), own)
+        return tuple(new)

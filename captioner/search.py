@@ -80,11 +80,11 @@ def decode(
     for _ in range(settings.max_length):
         logits, state = step(beams.last_tokens, state, memory)
         origin = beams.advance(logits)
-        state = tuple(_at(part, origin) for part in state)
         left = beams.take_out_finished()
         if left is not None:
-            state = tuple(part[left] for part in state)
+            origin, state = origin[left], tuple(part[left] for part in state)
             memory = tuple(part[left] for part in memory)
+        state = _at(state, origin)
         if not len(beams.images):
             return beams.results()
     logits, _ = step(beams.last_tokens, state, memory)
@@ -164,8 +164,10 @@ class _Beams:
             self.forced = self._phrases.begin(len(self.images))
         totals = _log_softmax(logits)
         self.scores = self.scores.to(totals.dtype)
-        totals += self.scores.unsqueeze(2)
+        # One that has ended goes on as itself, with PAD, and before all others.
+        totals += self.scores.masked_fill(self.ended, -torch.inf).unsqueeze(2)
         self._forbid(totals)
+        totals[..., PAD].masked_fill_(self.ended, torch.inf)
         if self.settings.samples:
             best, chosen = self._choose_samples(totals)
         elif self.settings.groups > 1:
@@ -176,11 +178,11 @@ class _Beams:
             best, chosen = _choose_best(totals, self.settings.beam_size)
         origin, tokens = chosen // words, chosen % words
         stays = best == torch.inf
-        self.scores = torch.where(stays, _at(self.scores, origin), best)
+        scores, token_ids, forced = _at((self.scores, self.token_ids, self.forced), origin)
+        self.scores = torch.where(stays, scores, best)
         self.ended = stays | ((tokens == EOS) & (best > -torch.inf))
-        self.token_ids = torch.cat([_at(self.token_ids, origin), tokens.unsqueeze(2)], 2)
-        if self._phrases:
-            self.forced = self._phrases.after(_at(self.forced, origin), tokens)
+        self.token_ids = torch.cat([token_ids, tokens.unsqueeze(2)], 2)
+        self.forced = self._phrases.after(forced, tokens) if self._phrases else forced
         return origin
 
     def _forbid(self, totals: Tensor) -> None:
@@ -188,9 +190,6 @@ class _Beams:
         if self._phrases:
             unmet = self._phrases.met(self.forced) < self._phrases.words
             totals[..., EOS].masked_fill_(unmet, -torch.inf)
-        # One that has ended goes on as itself, with PAD, and before all others.
-        totals.masked_fill_(self.ended.unsqueeze(2), -torch.inf)
-        totals[..., PAD].masked_fill_(self.ended, torch.inf)
 
     # Each of these takes the log-probabilities of all hypotheses with one token more, (B, K, V):
     # -inf for what is forbidden, inf for what has ended. It returns those of the new hypotheses,
@@ -235,8 +234,7 @@ class _Beams:
         """
         settings, samples = self.settings, self.settings.samples
         places, words = totals.shape[1:]
-        tempered = (totals / settings.temperature).masked_fill(self.ended.unsqueeze(2), -torch.inf)
-        tempered[..., PAD].masked_fill_(self.ended, 0.0)
+        tempered = (totals / settings.temperature).clamp(max=0.0)  # PAD's inf after an end
         ordered, tokens = tempered.sort(dim=-1, descending=True, stable=True)
         if settings.top_k:
             ordered, tokens = ordered[..., : settings.top_k], tokens[..., : settings.top_k]
@@ -336,13 +334,13 @@ class _Beams:
             )
             order = order.gather(1, position.gather(1, order).argsort(dim=1, stable=True))
         order = order[:, : self.settings.n_best]
-        images, places = self.images[rows].unsqueeze(1), torch.arange(order.shape[1])
-        places = places.to(order.device)
-        tokens = _at(self.token_ids[rows], order)
+        images = self.images[rows].unsqueeze(1)
+        places = torch.arange(order.shape[1], device=order.device)
+        tokens, scores, ended = _at((self.token_ids[rows], self.scores[rows], ended), order)
         self._tokens[images, places, : tokens.shape[2]] = tokens
-        self._log_probabilities = self._log_probabilities.to(self.scores.dtype)
-        self._log_probabilities[images, places] = _at(self.scores[rows], order)
-        self._ended[images, places] = _at(ended, order)
+        self._log_probabilities = self._log_probabilities.to(scores.dtype)
+        self._log_probabilities[images, places] = scores
+        self._ended[images, places] = ended
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -363,13 +361,18 @@ def _choose_best(totals: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _order(ranks: Tensor, ended: Tensor) -> Tensor:
     """Return places in order: those that ended before those that were cut off, then by rank."""
     order = torch.argsort(ranks, dim=1, descending=True, stable=True)
-    return order.gather(1, torch.argsort(~_at(ended, order), dim=1, stable=True))
+    return order.gather(1, torch.argsort(~ended.gather(1, order), dim=1, stable=True))
 
 
-def _at(part: Tensor, origin: Tensor) -> Tensor:
-    """Return for each place what lies at ``origin``: (B, K, …) and (B, K') give (B, K', …)."""
-    rows = torch.arange(len(part), device=part.device).unsqueeze(1)
-    return part[rows, origin]
+def _at(parts: Tensors, origin: Tensor) -> Tensors:
+    """Return what lies at the places ``origin``: parts (B, K, …) and (B, K') give (B, K', …)."""
+    if not parts:
+        return ()
+    rows = torch.arange(len(origin), device=origin.device).unsqueeze(1) * parts[0].shape[1]
+    flat = (rows + origin).flatten()
+    return tuple(
+        part.flatten(0, 1).index_select(0, flat).unflatten(0, origin.shape) for part in parts
+    )
 
 
 def _uniform(seed: int, keys: Tensor, numbers: Tensor, step: int) -> Tensor:

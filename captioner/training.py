@@ -45,7 +45,7 @@ from captioner.features import Features, cached_features, default_cache_dir, rep
 from captioner.files import atomic_directory, recover_directory, write_json
 from captioner.images import Preprocessing, in_batches, load_image, load_pixels
 from captioner.metrics import compute_metrics
-from captioner.model import CaptionModel, load_checkpoint, save_checkpoint
+from captioner.model import CaptionModel, decode, load_checkpoint, save_checkpoint
 from captioner.progress import Progress, say
 from captioner.results import write_results
 from captioner.tracking import JsonLog, Tracker
@@ -206,10 +206,10 @@ class _PixelInputs:
     paths: list[Path]
     preprocessing: Preprocessing
     workers: int
-    pin_memory: bool
+    device: torch.device
 
     def batches(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor]]:
-        loaded = load_pixels(self.paths, self.preprocessing, batches, self.workers, self.pin_memory)
+        loaded = load_pixels(self.paths, self.preprocessing, batches, self.device, self.workers)
         for batch in loaded:
             # They could be read before training: a disk that fails now must not end the job.
             for _, message in batch.failures:
@@ -247,14 +247,13 @@ def _prepare_inputs(
     batches = in_batches(len(dataset), 32)
     failures = []
     with Progress("checking images", len(dataset), "image") as bar:
-        for batch in load_pixels(dataset.paths, preprocessing, batches, data.workers):
+        for batch in load_pixels(dataset.paths, preprocessing, batches, device, data.workers):
             failures += batch.failures
             bar.update(len(batch.indices) + len(batch.failures))
     report_failures(failures, len(dataset), data.bad_images)
     bad = {index for index, _ in failures}
     dataset = dataset.select([i for i in range(len(dataset)) if i not in bad])
-    pin = device.type == "cuda"
-    return dataset, _PixelInputs(dataset.paths, preprocessing, data.workers, pin)
+    return dataset, _PixelInputs(dataset.paths, preprocessing, data.workers, device)
 
 
 def _save_run(
@@ -525,13 +524,15 @@ class _Trainer:
         """Caption validation images by free-running search."""
         batches = in_batches(len(dataset), self.config.validation.batch_size)
         captions: dict[ImageId, str] = dict.fromkeys(dataset.image_ids, "")
+        decoder = self.model.decoder.for_search(self.precision)
+        vocabulary, settings = self.model.vocabulary, self.model.search
         with Progress("validation", len(dataset), "image") as bar:
             for indices, x in inputs.batches(batches):
                 if indices:
                     with torch.inference_mode(), autocast(self.device, self.precision):
                         self.model.eval()
                         features = self._features(x)
-                    found = self.model.decode(features, self.model.search, self.precision)
+                    found = decode([decoder], [features], settings, vocabulary)
                     for i, caption in zip(indices, self.model.words(found), strict=True):
                         captions[dataset.image_ids[i]] = caption
                 bar.update(len(indices))

@@ -12,7 +12,6 @@ from captioner.captioner import Captioner
 from captioner.config import DecoderConfig, SearchConfig
 from captioner.data import pad
 from captioner.encoder import Encoder
-from captioner.features import encode
 from captioner.images import Preprocessing
 from captioner.model import CaptionModel, save_checkpoint
 from captioner.vocabulary import Vocabulary
@@ -84,7 +83,7 @@ def tiny_model(drawn: Drawn) -> CaptionModel:
     encoder = Encoder("squeezenet1_1", preprocessing)
     model = CaptionModel(encoder, config, vocabulary, SearchConfig(3, 8, 0.7))
     pixels = torch.stack([preprocessing(Image.open(path)) for path in drawn.paths])
-    features = encode(model.encoder, pixels, torch.device("cpu"), torch.float32).clone()
+    features = model.encoder.for_inference(torch.float32)(pixels).clone()
     token_ids = pad([[vocabulary.encode(text)] for text in drawn.captions.values()])
     optimizer = torch.optim.Adam(model.decoder.parameters(), lr=0.01)
     for _ in range(120):

@@ -44,12 +44,13 @@ def features_of(captions: list) -> torch.Tensor:
 
 def stepped(decoder: Decoder, features: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Return the logits of ``step`` fed with the true captions: (B, K, T, V)."""
-    memory, state = decoder.start(features)
+    search = decoder.for_search(features.dtype)
+    memory, state = search.start(features)
     captions = token_ids.shape[1]
     state = tuple(part.expand(-1, captions, *part.shape[2:]) for part in state)
     steps = []
     for t in range(token_ids.shape[2] - 1):
-        logits, state = decoder.step(token_ids[..., t], state, memory)
+        logits, state = search.step(token_ids[..., t], state, memory)
         steps.append(logits)
     return torch.stack(steps, 2)
 
@@ -248,17 +249,36 @@ def test_attention_is_summed_over_the_steps_of_each_caption():
     decoder = make("show_attend_tell", layers=2)
     features, token_ids = features_of(CAPTIONS), pad(CAPTIONS)
     real = token_ids[..., 1:] != PAD
-    memory, state = decoder.start(features)
+    search, (memory, _) = decoder.for_search(torch.float64), decoder.start(features)
+    own_memory, state = search.start(features)
     state = tuple(part.expand(-1, 3, -1) for part in state)
+    looked_at = decoder.attention(features, token_ids[..., :-1])
     summed = torch.zeros(len(CAPTIONS), 3, REGIONS, dtype=torch.float64)
     for t in range(real.shape[2]):
         weights, _ = decoder.attend(state[-2], memory)  # the top layer's h
+        torch.testing.assert_close(looked_at[:, :, t], weights, rtol=0, atol=1e-10)
         summed += weights * real[..., t, None]
-        _, state = decoder.step(token_ids[..., t], state, memory)
+        _, state = search.step(token_ids[..., t], state, own_memory)
     said = decoder.teacher_forcing(features, token_ids)
     torch.testing.assert_close(said.attention, summed[real.any(-1)], rtol=0, atol=1e-10)
     lengths = torch.tensor([len(c) + 1 for per_image in CAPTIONS for c in per_image])
     torch.testing.assert_close(said.attention.sum(-1), lengths.double())
+
+
+@pytest.mark.parametrize(("key", "query"), [(1, 300), (4, 30), (300, 1), (300, 300)])
+def test_extreme_keys_and_queries(key, query):
+    """Powers of e stand for tanh in search: they must neither overflow nor change a weight."""
+    decoder = make("show_attend_tell")
+    with torch.no_grad():
+        decoder.key.weight.mul_(key)
+        decoder.query.weight.mul_(query)
+    features, token_ids = features_of(CAPTIONS), pad(CAPTIONS)
+    real = token_ids[..., 1:] != PAD
+    expected = decoder.teacher_forcing(features, token_ids).logits.sum(0)
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-2)):
+        logits = stepped(decoder.to(dtype), features.to(dtype), token_ids)[real]
+        assert logits.isfinite().all()
+        torch.testing.assert_close(logits.sum(0).double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)

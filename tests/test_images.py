@@ -354,11 +354,12 @@ def folder(tmp_path):
     return paths
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_pixels_come_in_order_with_the_failures(folder, workers):
+@pytest.mark.parametrize(("device", "workers"), [("cpu", 0), ("cpu", 2), ("meta", 2)])
+def test_pixels_come_in_order_with_the_failures(folder, device, workers):
+    """By this thread, by threads, and by worker processes, as for any device but a CPU."""
     batches = [[8, 0, 3], [7, 1], [3], [2, 4, 5, 6]]
     preprocessing = Preprocessing("squash", 16)
-    found = list(load_pixels(folder, preprocessing, batches, workers))
+    found = list(load_pixels(folder, preprocessing, batches, torch.device(device), workers))
     assert [batch.indices for batch in found] == [[0], [7, 1], [], [2, 4, 5, 6]]
     assert [[i for i, _ in batch.failures] for batch in found] == [[8, 3], [], [3], []]
     assert found[0].failures[0][1] == f"{folder[8]}: no such file"
@@ -371,11 +372,30 @@ def test_pixels_come_in_order_with_the_failures(folder, workers):
             assert (pixels == 20 * index).all()
 
 
+def test_a_large_jpeg_is_scaled_while_it_is_decoded(tmp_path):
+    """Within two levels of grey of the whole decoded; small ones and other formats as before."""
+    x, y = np.meshgrid(np.arange(2000), np.arange(1600))
+    waves = np.stack([np.sin(x / 60), np.cos(y / 45), np.sin((x + y) / 80)], -1)
+    image = Image.fromarray((127 + 120 * waves).astype(np.uint8))
+    for resize in ("squash", "crop"):
+        preprocessing = Preprocessing(resize, 64, 80)
+        image.save(tmp_path / "large.jpg", quality=95)
+        assert load_image(tmp_path / "large.jpg", 160).size == (250, 200)
+        large = preprocessing.load(tmp_path / "large.jpg")
+        whole = preprocessing(load_image(tmp_path / "large.jpg"))
+        assert (large.int() - whole.int()).abs().max() <= 2
+        image.resize((300, 159)).save(tmp_path / "small.jpg")
+        small = preprocessing.load(tmp_path / "small.jpg")
+        assert torch.equal(small, preprocessing(load_image(tmp_path / "small.jpg")))
+        image.save(tmp_path / "large.png")
+        assert torch.equal(preprocessing.load(tmp_path / "large.png"), preprocessing(image))
+
+
 def test_loading_leaves_the_random_numbers_alone(folder):
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    list(load_pixels(folder, Preprocessing("squash", 16), [[0], [1]], 0))
+    list(load_pixels(folder, Preprocessing("squash", 16), [[0], [1]], torch.device("cpu"), 0))
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -158,10 +158,11 @@ def test_decoders_batched_equal_one_by_one_and_score_as_teacher_forcing(kind, dt
             parameter.mul_(4)
         decoder.embedding.weight.mul_(8)  # far from uniform: captions of many lengths
     features = torch.randn(12, 6, 10).to(dtype)
+    steps = decoder.for_search(dtype)
 
     def search(features):
-        memory, state = decoder.start(features)
-        return beam_search(decoder.step, state, memory, 4, 12, 0.7, n_best=4)
+        memory, state = steps.start(features)
+        return beam_search(steps.step, state, memory, 4, 12, 0.7, n_best=4)
 
     with torch.inference_mode():
         together = search(features)

@@ -17,7 +17,7 @@ from captioner.config import DecoderConfig
 from captioner.data import CaptionDataset, TrainingBatches, encode_captions
 from captioner.decoder import make_decoder
 from captioner.device import autocast
-from captioner.features import cached_features, encode
+from captioner.features import cached_features
 from captioner.files import write_json
 from captioner.folder import ImageFile, caption_files
 from captioner.images import in_batches, load_pixels
@@ -46,14 +46,17 @@ def cnn_alone(captioner: Captioner, paths: Sequence[Path]) -> float:
     encoder = captioner.model.encoder
     batches = [
         batch.pixels
-        for batch in load_pixels(paths, encoder.preprocessing, in_batches(len(paths), 32))
+        for batch in load_pixels(
+            paths, encoder.preprocessing, in_batches(len(paths), 32), captioner.device
+        )
     ]
 
     def run() -> None:
         for pixels in batches:
-            encode(encoder, pixels, captioner.device, captioner.precision)
+            cnn(pixels)
 
-    encode(encoder, batches[0], captioner.device, captioner.precision)
+    cnn = encoder.for_inference(captioner.precision)
+    cnn(batches[0])
     return len(paths) / _seconds(run, captioner.device)
 
 

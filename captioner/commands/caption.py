@@ -58,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=0, help="images at a time; 0 is what fits into memory"
     )
     parser.add_argument(
-        "--workers", type=int, default=-1, help="processes that read images; -1 is one a core"
+        "--workers",
+        type=int,
+        default=-1,
+        help="processes (GPU) or threads (CPU) that read images; -1 is one a core",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
