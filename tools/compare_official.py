@@ -7,6 +7,8 @@ scored against its others.
 import argparse
 import contextlib
 import io
+import itertools
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hypotheses", type=Path, help="captions to be scored")
     parser.add_argument("--images", type=int, help="score only the first so many images")
     parser.add_argument("--no-meteor", action="store_true", help="leave METEOR out (slow)")
+    parser.add_argument(
+        "--up-to",
+        type=int,
+        default=0,
+        metavar="CAPTIONS",
+        help="then time ours alone on the images again and again, up to so many captions",
+    )
     options = parser.parse_args(argv)
     require(TOKENIZER_JAR)
     hypotheses, references = _captions(options)
@@ -55,7 +64,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"without METEOR: official {totals[0]:.2f} s, ours {totals[1]:.2f} s, "
         f"{totals[0] / totals[1]:.1f} times faster"
     )
+    if options.up_to:
+        _scale(hypotheses, references, options.up_to)
     return 0
+
+
+def _scale(hypotheses: dict[ImageId, str], references: Captions, most: int) -> None:
+    """Print seconds and memory for ever more captions: they must grow alike."""
+    images = most * len(references) // (len(references) + sum(map(len, references.values())))
+    print("| images | captions | s | microseconds an image | peak MiB |")
+    print("|---|---|---|---|---|")
+    for share in (16, 4, 1):
+        keys = list(itertools.islice(itertools.cycle(references), images // share))
+        start = time.perf_counter()
+        score(
+            {number: hypotheses[key] for number, key in enumerate(keys)},
+            {number: references[key] for number, key in enumerate(keys)},
+            ["BLEU", "ROUGE-L", "CIDEr-D"],
+        )
+        seconds = time.perf_counter() - start
+        captions = sum(1 + len(references[key]) for key in keys)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # Linux counts in KiB
+        each = 1e6 * seconds / len(keys)
+        print(f"| {len(keys)} | {captions} | {seconds:.2f} | {each:.0f} | {peak} |")
 
 
 def _captions(options: argparse.Namespace) -> tuple[dict[ImageId, str], Captions]:
