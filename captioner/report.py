@@ -120,19 +120,30 @@ def write_report(
 
 
 def _table(summary: Mapping[str, Any]) -> str:
+    """Return the scores, with their intervals and the comparisons where they were computed."""
     files: Mapping[str, Mapping[str, float]] = summary["scores"]
     metrics = list(next(iter(files.values())))
-    head = "".join(f"<th>{html.escape(metric)}</th>" for metric in metrics)
-    rows = "".join(
-        f"<tr><td>{_escape(name)}</td>"
-        + "".join(
-            f"<td>{values[metric]:.4f}</td>" if metric in values else "<td>-</td>"
-            for metric in metrics
-        )
-        + "</tr>"
-        for name, values in files.items()
-    )
-    return f"<table><tr><th>captions</th>{head}</tr>{rows}</table>"
+    lines = []
+    for name, values in files.items():
+        intervals = summary.get("confidence_95", {}).get(name, {})
+        cells = [f"{values[metric]:.4f}" if metric in values else "-" for metric in metrics]
+        for place, metric in enumerate(metrics):
+            if metric in intervals:
+                low, high = intervals[metric]
+                cells[place] += f"<br><small>{low:.4f} to {high:.4f}</small>"
+        lines.append([_escape(name), *cells])
+    comparisons = summary.get("comparisons", ())
+    for first, second in dict.fromkeys((row["first"], row["second"]) for row in comparisons):
+        found = {
+            row["metric"]: f"{row['difference']:+.4f}<br><small>p = {row['p']:.3f}</small>"
+            for row in comparisons
+            if (row["first"], row["second"]) == (first, second)
+        }
+        cells = [found.get(metric, "-") for metric in metrics]
+        lines.append([f"{_escape(second)} &minus; {_escape(first)}", *cells])
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in ("captions", *metrics))
+    rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in lines)
+    return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 def _card(
@@ -188,7 +199,8 @@ def _escape(text: str) -> str:
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Caption scores</title>
 <style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; color: #222 }}
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1200px;
+  padding: 0 1em; color: #222 }}
 table {{ border-collapse: collapse }} td, th {{ padding: .2em .8em; text-align: right }}
 td:first-child, th:first-child {{ text-align: left }} th {{ border-bottom: 1px solid #999 }}
 code {{ font-size: 12px; overflow-wrap: anywhere }} small {{ color: #777 }}

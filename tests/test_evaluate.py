@@ -262,7 +262,7 @@ def test_per_image_scores(tmp_path, references, good, bad):
     assert rows[5]["caption"] == BAD[3]
 
 
-def test_report_shows_images_and_escapes_text(tmp_path, references, good):
+def test_report_shows_images_and_escapes_text(tmp_path, references, good, bad):
     images = tmp_path / "images & more"
     images.mkdir()
     Image.new("RGB", (900, 600), "red").save(images / "1.jpg")
@@ -276,6 +276,15 @@ def test_report_shows_images_and_escapes_text(tmp_path, references, good):
     assert "3.jpg isn't in" in page
     assert page.index("Best by CIDEr-D") < page.index("Worst by CIDEr-D")
     assert all(page.count(f"<small>{key}</small>") == 1 for key in GOOD)
+    assert "<small>p = " not in page
+    given = ("--hypotheses", good, bad, "--confidence", "--report", tmp_path / "two.html")
+    run("--references", references, *given, "--output", tmp_path / "two.json")
+    page = (tmp_path / "two.html").read_text(encoding="utf-8")
+    summary = json.loads((tmp_path / "two.json").read_text())
+    low, high = summary["confidence_95"]["bad.json"]["BLEU-1"]
+    assert f"<small>{low:.4f} to {high:.4f}</small>" in page
+    comparison = summary["comparisons"][0]
+    assert f"{comparison['difference']:+.4f}<br><small>p = {comparison['p']:.3f}" in page
     run(*common, "--link-images", "--report", tmp_path / "linked.html")
     linked = (tmp_path / "linked.html").read_text(encoding="utf-8")
     assert 'src="images%20%26%20more/1.jpg"' in linked
