@@ -53,6 +53,10 @@ class Captioner:
         device: "auto" (CUDA, else MPS, else CPU) or a device's name.
         precision: "auto" (bfloat16 where it is native), "bfloat16" or "float32".
 
+    Attributes:
+        model: The first of the models.
+        decoders: What each model's decoder became for search.
+
     Raises:
         CheckpointError: The models of an ensemble don't fit together.
     """
@@ -77,7 +81,7 @@ class Captioner:
             number: self.models[number].encoder.for_inference(self.precision)
             for number in set(self._cnn_of)
         }
-        self._decoders = [model.decoder.for_search(self.precision) for model in self.models]
+        self.decoders = [model.decoder.for_search(self.precision) for model in self.models]
 
     @classmethod
     def from_pretrained(
@@ -182,7 +186,7 @@ class Captioner:
             search: How to search.
             keys: A number for each image, (B,), that its samples depend on.
         """
-        return decode(self._decoders, features, search, self.model.vocabulary, keys)
+        return decode(self.decoders, features, search, self.model.vocabulary, keys)
 
     def captions(
         self,

@@ -12,7 +12,7 @@ from captioner.annotations import ImageId, read_annotations
 from captioner.captioner import Caption, Captioner
 from captioner.config import SearchConfig
 from captioner.device import free_memory, is_out_of_memory
-from captioner.errors import DataError, name_some
+from captioner.errors import CaptionerError, DataError, name_some
 from captioner.images import in_batches, load_pixels
 from captioner.progress import Progress, say
 
@@ -111,7 +111,7 @@ def caption_files(
         and why.
 
     Raises:
-        MemoryError: Even a single image is too much.
+        CaptionerError: Even a single image is too much.
     """
     captions: dict[ImageId, list[Caption]] = {}
     failed: dict[str, str] = {}
@@ -161,7 +161,7 @@ def _fitting(captioner: Captioner, search: SearchConfig) -> int:
 
 def _smaller(at_once: int, device: torch.device) -> int:
     if at_once == 1:
-        raise MemoryError(f"{device} has too little memory for one image: take a smaller beam")
+        raise CaptionerError(f"{device} has too little memory for one image: take a smaller beam")
     if device.type == "cuda":
         torch.cuda.empty_cache()
     say(f"warning: out of memory with {at_once} images at a time: going on with {at_once // 2}")

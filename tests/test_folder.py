@@ -1,11 +1,14 @@
 """Captioning a folder, through its command."""
 
+import ast
 import csv
 import errno
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from conftest import draw
 
 from captioner.commands import evaluate
 from captioner.commands.caption import main
-from captioner.folder import find_images
+from captioner.errors import CaptionerError
+from captioner.folder import _smaller, caption_files, find_images
 from captioner.results import read_results
 
 ODD_NAMES = {
@@ -276,3 +280,52 @@ def test_the_output_appears_whole_or_not_at_all(checkpoint, drawn, tmp_path, mon
     assert run(checkpoint, drawn.images, output) == 1
     assert output.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.json", "checkpoint"]
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+from captioner import Captioner
+from captioner.errors import CaptionerError
+from captioner.folder import _smaller, caption_files, find_images
+
+images = find_images(sys.argv[2])
+captioner = Captioner.from_pretrained(sys.argv[1], "cpu", "float32")
+search = captioner.search(beam_size=2000)
+caption_files(captioner, images[:1], search, 1, workers=0)  # all libraries are loaded and ready
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+captions, failed = caption_files(captioner, images, search, len(images), workers=0)
+assert not failed
+print([best[0].text for best in captions.values()])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells how much is used")
+def test_batches_are_halved_where_memory_runs_out(checkpoint, tmp_path, captioner, drawn):
+    """With a real limit on the process's memory, in steps until one is met."""
+    for number in range(3):
+        for name in drawn.captions:
+            (tmp_path / "images").mkdir(exist_ok=True)
+            shutil.copy(drawn.images / name, tmp_path / "images" / f"{number} {name}")
+    images = find_images(tmp_path / "images")
+    search = captioner.search(beam_size=2000)
+    found, _ = caption_files(captioner, images, search, 4)
+    expected = [best[0].text for best in found.values()]
+
+    def limited(megabytes: int) -> subprocess.CompletedProcess:
+        words = [str(checkpoint), str(tmp_path / "images"), str(megabytes << 20)]
+        return subprocess.run(
+            [sys.executable, "-c", OUT_OF_MEMORY, *words], capture_output=True, text=True
+        )
+
+    ample = limited(4000)
+    assert ample.returncode == 0, ample.stderr
+    assert "out of memory" not in ample.stderr
+    scarce = limited(50)
+    assert scarce.returncode == 0, scarce.stderr
+    assert "warning: out of memory with 24 images at a time: going on with 12" in scarce.stderr
+    assert ast.literal_eval(ample.stdout) == ast.literal_eval(scarce.stdout) == expected
+    with pytest.raises(CaptionerError, match="cpu has too little memory for one image"):
+        _smaller(1, captioner.device)

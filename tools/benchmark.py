@@ -1,31 +1,39 @@
 """Measure how fast each part runs, beside the limit it can't pass, in one run."""
 
 import argparse
+import operator
 import os
+import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captioner.captioner import Captioner
 from captioner.cli import HelpFormatter, command
-from captioner.config import DecoderConfig
+from captioner.config import DecoderConfig, SearchConfig
 from captioner.data import CaptionDataset, TrainingBatches, encode_captions
-from captioner.decoder import make_decoder
+from captioner.decoder import ShowAttendTell, Steps, make_decoder
 from captioner.device import autocast
 from captioner.features import cached_features
 from captioner.files import write_json
 from captioner.folder import ImageFile, caption_files
 from captioner.images import in_batches, load_pixels
+from captioner.model import decode
 from captioner.progress import say
+from captioner.recurrent import states_of
 from captioner.training import caption_loss
-from captioner.vocabulary import PAD
-
-BEAM_SIZES = (1, 3, 5)
+from captioner.vocabulary import BOS, EOS, PAD, UNK
 
 
 def _synchronise(device: torch.device) -> None:
@@ -135,35 +143,320 @@ def training(
     return tokens / seconds
 
 
-def captioning(captioner: Captioner, paths: Sequence[Path], beam_size: int) -> float:
-    """Return images/s from files to captions."""
-    images = [ImageFile(number, path.name, path) for number, path in enumerate(paths)]
+def captioning(captioner: Captioner, images: Sequence[ImageFile], beam_size: int) -> float:
+    """Return seconds per image from files to captions."""
     search = captioner.search(beam_size=beam_size)
-    return len(paths) / _seconds(lambda: caption_files(captioner, images, search), captioner.device)
-
-
-def measure(
-    captioner: Captioner, dataset: CaptionDataset, batch_size: int, steps: int
-) -> dict[str, float]:
-    """Return all rates, in running order."""
-    paths = dataset.paths
-    rates = {"CNN alone, images/s": cnn_alone(captioner, paths)}
-    rates["feature caching, images/s"] = caching(captioner, paths)
-    rates["bare nn.LSTM + linear, training tokens/s"] = training(
-        captioner, dataset, None, batch_size, steps
+    return _seconds(lambda: caption_files(captioner, images, search), captioner.device) / len(
+        images
     )
-    for kind in ("show_and_tell", "show_attend_tell"):
-        rates[f"{kind}, training tokens/s"] = training(captioner, dataset, kind, batch_size, steps)
-    for beam_size in BEAM_SIZES:
-        rates[f"captioning, beam {beam_size}, images/s"] = captioning(captioner, paths, beam_size)
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+class _Products(TorchDispatchMode):
+    """Records the matrix products of one call of a step function.
+
+    Attributes:
+        found: (operation, its tensors).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, list[Tensor]]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function.overloadpacket.__name__ in ("mm", "addmm", "bmm"):
+            self.found.append((function, list(args)))
+        return function(*args, **(kwargs or {}))
+
+
+def products_alone(captioner: Captioner, features: Sequence[Tensor], search: SearchConfig) -> float:
+    """Return the seconds that decoding's matrix products take by themselves.
+
+    They are those of the steps that the search took, for the hypotheses that had not ended.
+    """
+    (decoder,) = captioner.decoders
+    calls: list[tuple[Any, list[Tensor]]] = []
+
+    class Recorded(type(decoder)):  # type: ignore[misc] # the same decoder, watched
+        def __init__(self) -> None:
+            self.__dict__ = decoder.__dict__
+
+        def step(self, token_ids: Tensor, state: Any, memory: Any) -> Any:
+            live = int((token_ids != PAD).sum())
+            with _Products() as products:
+                result = super().step(token_ids, state, memory)
+            for function, operands in products.found:
+                if function.overloadpacket.__name__ != "bmm":  # that is a product for each image
+                    at = len(operands) - 2
+                    rows = len(operands[at]) * live // token_ids.numel()
+                    operands[at] = operands[at][:rows]
+                calls.append((function, operands))
+            return result
+
+    for batch in features:
+        decode([Recorded()], [batch], search, captioner.model.vocabulary)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for function, operands in calls:
+            function(*operands)
+
+    run()
+    return _seconds(run, captioner.device)
+
+
+def parts_of_captioning(
+    captioner: Captioner, images: Sequence[ImageFile], beam_size: int
+) -> dict[str, float]:
+    """Return milliseconds per image of each part alone, and of the whole."""
+    paths = [image.path for image in images]
+    preprocessing = captioner.model.encoder.preprocessing
+    batches = in_batches(len(paths), 64)
+    search = captioner.search(beam_size=beam_size)
+
+    def read() -> list[Tensor]:
+        loaded = load_pixels(paths, preprocessing, batches, captioner.device)
+        return [batch.pixels for batch in loaded]
+
+    pixels = read()
+    (features,) = zip(*map(captioner.features, pixels), strict=True)
+    captioner.hypotheses(features[:1], search)
+    seconds = {
+        "CNN alone": _seconds(lambda: [captioner.features(x) for x in pixels], captioner.device),
+        "reading images alone": _seconds(read, captioner.device),
+        "decoder's matrix products alone": products_alone(captioner, features, search),
+        "decoder alone": _seconds(
+            lambda: [captioner.hypotheses([x], search) for x in features], captioner.device
+        ),
+        "whole": captioning(captioner, images, beam_size) * len(images),
+    }
+    rates = {name: 1000 * value / len(images) for name, value in seconds.items()}
+    together = (
+        rates["CNN alone"]
+        + rates["reading images alone"]
+        + rates["decoder's matrix products alone"]
+    )
+    return {**rates, "whole / (CNN + reading + products)": rates["whole"] / together}
+
+
+def decoder_alone(captioner: Captioner, features: Tensor) -> dict[str, float]:
+    """Return captions/s by beam and batch size."""
+    rates = {}
+    for beam_size in (1, 3, 5, 10):
+        search = captioner.search(beam_size=beam_size)
+        for batch_size in (1, 16, 64, 256):
+            batches = features[: 64 if batch_size == 1 else 256].split(batch_size)
+
+            def run(batches: Any = batches, search: SearchConfig = search) -> None:
+                for batch in batches:
+                    captioner.hypotheses([batch], search)
+
+            run()
+            count = sum(map(len, batches))
+            rates[f"beam {beam_size}, batch {batch_size}"] = count / _seconds(run, captioner.device)
     return rates
 
 
-def _print(rates: dict[str, float]) -> None:
-    for name, rate in rates.items():
-        limit = "bare nn.LSTM" if "tokens/s" in name else "CNN alone"
-        ceiling = next(value for key, value in rates.items() if key.startswith(limit))
-        print(f"{name:42} {rate:10.1f}   {rate / ceiling:6.2f} of {limit}")
+@torch.inference_mode()
+def published_search(
+    decoder: ShowAttendTell, features: Tensor, settings: SearchConfig
+) -> list[int]:
+    """Find one image's caption the way it is commonly published.
+
+    One image at a time, its features copied for each beam and projected anew at each step, ended
+    beams kept in Python lists, no stop before all have ended.
+    """
+    size, ended, scores_of_ended = settings.beam_size, [], []
+    cells = decoder.cells
+    features = decoder.feature(features).expand(size, -1, -1)  # (K, N, D)
+    state = torch.tanh(decoder.initial(features.mean(1))).chunk(
+        len(cells.layers) * states_of(cells.cell), 1
+    )
+    sequences = torch.full((size, 1), BOS, device=features.device)
+    totals = torch.zeros(size, 1, device=features.device)
+    for length in range(settings.max_length + 1):
+        words = decoder.embedding(sequences[:, -1:])
+        memory = (features, decoder.key(features))
+        column = tuple(part.unsqueeze(1) for part in state)
+        hidden, context, _, new = decoder._recur(words, column, memory)
+        log_probabilities = decoder._logits(words, hidden, context).squeeze(1).log_softmax(1)
+        log_probabilities[:, [PAD, BOS, UNK]] = -torch.inf
+        if length == settings.max_length:  # nothing but the end can follow
+            ends = totals + log_probabilities[:, EOS : EOS + 1]
+            ended += sequences[:, 1:].tolist()
+            scores_of_ended += (ends[:, 0] / (length + 1) ** settings.length_penalty).tolist()
+            break
+        candidates = totals + log_probabilities
+        if length == 0:  # all beams are the same yet
+            candidates = candidates[:1]
+        best, places = candidates.flatten().topk(size)
+        origin, tokens = places // candidates.shape[1], places % candidates.shape[1]
+        sequences = torch.cat([sequences[origin], tokens.unsqueeze(1)], 1)
+        going = []
+        for place, token in enumerate(tokens.tolist()):
+            if token == EOS:
+                ended.append(sequences[place, 1:-1].tolist())
+                rank = best[place].item() / (length + 1) ** settings.length_penalty
+                scores_of_ended.append(rank)
+                size -= 1
+            else:
+                going.append(place)
+        if not going:
+            break
+        rows = torch.tensor(going, device=features.device)
+        sequences, totals = sequences[rows], best[rows].unsqueeze(1)
+        state = tuple(part.squeeze(1)[origin[rows]] for part in new)
+        features = features[origin[rows]]
+    return ended[max(range(len(ended)), key=scores_of_ended.__getitem__)]
+
+
+def against_published(captioner: Captioner, features: Tensor) -> dict[str, float]:
+    """Compare captions and captions/s with ``published_search``, both in float32, at beam 5."""
+    decoder = captioner.model.decoder
+    if not isinstance(decoder, ShowAttendTell):
+        return {}
+    search = captioner.search(beam_size=5)
+    some = features[:64]
+    steps = {dtype: decoder.for_search(dtype) for dtype in (torch.float32, captioner.precision)}
+    found: dict[Any, list[list[int]]] = {}
+
+    def published() -> None:
+        found["published"] = [published_search(decoder, x, search) for x in some.split(1)]
+
+    def ours(dtype: torch.dtype) -> None:
+        batches = features.split(128)
+        best = [
+            image[0].token_ids
+            for batch in batches
+            for image in decode([steps[dtype]], [batch], search, captioner.model.vocabulary)
+        ]
+        found[dtype] = best[: len(some)]
+
+    published_search(decoder, some[:1], search)
+    rate = len(some) / _seconds(published, captioner.device)
+    rates = {"published, float32, captions/s": rate}
+    for dtype in steps:
+        ours(dtype)
+        own = len(features) / _seconds(partial(ours, dtype), captioner.device)
+        name = str(dtype).removeprefix("torch.")
+        rates[f"ours, {name}, captions/s"] = own
+        rates[f"ours, {name}, times as fast"] = own / rate
+        same = sum(map(operator.eq, found["published"], found[dtype])) / len(some)
+        rates[f"ours, {name}, share of captions that are equal"] = same
+    return rates
+
+
+def batches_alike(captioner: Captioner, features: Tensor) -> dict[str, float]:
+    """Count images whose caption depends on the batch they come in, by precision."""
+    search, vocabulary = captioner.search(beam_size=5), captioner.model.vocabulary
+    counts = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        steps = captioner.model.decoder.for_search(dtype)
+
+        def found(size: int, steps: Steps = steps) -> list[list[int]]:
+            return [
+                image[0].token_ids
+                for batch in features.split(size)
+                for image in decode([steps], [batch], search, vocabulary)
+            ]
+
+        alone = found(1)
+        for size in (7, 64, len(features)):
+            differing = sum(map(operator.ne, alone, found(size)))
+            counts[f"{str(dtype).removeprefix('torch.')}, batches of {size}"] = float(differing)
+    return counts
+
+
+def latency(captioner: Captioner, checkpoint: Path, paths: Sequence[Path]) -> dict[str, float]:
+    """Return milliseconds for single images, and seconds from a new process to its caption."""
+    times = []
+    captioner.caption(paths[0])
+    for path in paths[:200]:
+        times.append(1000 * _seconds(partial(captioner.caption, path), captioner.device))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copy(paths[0], folder)
+        command = [sys.executable, str(Path(__file__).with_name("caption_folder.py"))]
+        command += [str(checkpoint), name, "--output", str(folder / "captions.json")]
+        command += ["--device", str(captioner.device)]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        whole = time.perf_counter() - started
+    return {
+        "one image, median, ms": statistics.median(times),
+        "one image, 95th percentile, ms": statistics.quantiles(times, n=20)[-1],
+        "from starting a process to its caption, s": whole,
+    }
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+
+def training_rates(
+    captioner: Captioner, dataset: CaptionDataset, batch_size: int, steps: int
+) -> dict[str, float]:
+    """Return rates of training's parts, beside their limits."""
+    cnn = cnn_alone(captioner, dataset.paths)
+    bare = training(captioner, dataset, None, batch_size, steps)
+    rates = {"CNN alone, images/s": cnn, "bare nn.LSTM + linear, training tokens/s": bare}
+    cached = caching(captioner, dataset.paths)
+    rates |= {"feature caching, images/s": cached, "of CNN alone": cached / cnn}
+    for kind in ("show_and_tell", "show_attend_tell"):
+        rate = training(captioner, dataset, kind, batch_size, steps)
+        rates |= {f"{kind}, training tokens/s": rate, f"{kind}, of bare LSTM": rate / bare}
+    return rates
+
+
+def measure(args: argparse.Namespace, checkpoint: Path) -> dict[str, dict[str, float]]:
+    """Return what was measured with one checkpoint: tables of numbers by their names."""
+    captioner = Captioner.from_pretrained(checkpoint, args.device, args.precision)
+    model = captioner.model
+    title = f"{model.encoder.name}, {model.decoder.config.kind}"
+    tables: dict[str, dict[str, float]] = {}
+    first = True
+    for annotations, folder in args.images:
+        dataset = CaptionDataset.load(annotations, folder)
+        dataset = dataset.select(range(min(args.count, len(dataset))))
+        say(
+            f"{checkpoint}: {title}, {len(dataset)} images of {folder}, {captioner.device}, "
+            f"{captioner.precision}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+        )
+        images = [ImageFile(number, path.name, path) for number, path in enumerate(dataset.paths)]
+        place = f"{title}, {Path(folder).parent.name}"
+        if "captioning" in args.parts:
+            for beam_size in (1, 5):
+                parts = parts_of_captioning(captioner, images, beam_size)
+                tables[f"{place}, beam {beam_size}, ms/image"] = parts
+        if first:  # what depends on the model alone
+            first = False
+            some = dataset.paths[:256]
+            loaded = load_pixels(
+                some, model.encoder.preprocessing, in_batches(len(some), 64), captioner.device
+            )
+            features = torch.cat([captioner.features(batch.pixels)[0] for batch in loaded])
+            if "decoder" in args.parts:
+                tables[f"{title}, decoder alone, captions/s"] = decoder_alone(captioner, features)
+            if "published" in args.parts:
+                tables[f"{title}, the published search"] = against_published(captioner, features)
+            if "batches" in args.parts:
+                counts = batches_alike(captioner, features)
+                tables[f"{title}, captions that differ from one by one, of {len(features)}"] = (
+                    counts
+                )
+            if "latency" in args.parts:
+                tables[f"{title}, latency"] = latency(captioner, checkpoint, dataset.paths)
+            if "training" in args.parts:
+                tables[f"{title}, training"] = training_rates(
+                    captioner, dataset, args.batch_size, args.steps
+                )
+    return tables
+
+
+PARTS = ("captioning", "decoder", "published", "batches", "latency", "training")
 
 
 @command
@@ -172,27 +465,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "benchmark.py", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="a trained checkpoint directory")
-    parser.add_argument("annotations", type=Path, help="captions file of the images")
-    parser.add_argument("images", type=Path, help="folder of the images")
-    parser.add_argument("--count", type=int, default=500, help="images measured on")
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="trained checkpoint directories")
+    parser.add_argument(
+        "--images",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("ANNOTATIONS", "FOLDER"),
+        help="captions file and folder of photographs; may be given several times",
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--count", type=int, default=512, help="images measured on")
     parser.add_argument("--batch-size", type=int, default=64, help="images in a training batch")
     parser.add_argument("--steps", type=int, default=10, help="training steps timed")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--output", type=Path, help="write the rates as JSON too")
+    parser.add_argument("--output", type=Path, help="write the numbers as JSON too")
     args = parser.parse_args(argv)
-    captioner = Captioner.from_pretrained(args.checkpoint, args.device, args.precision)
-    dataset = CaptionDataset.load(args.annotations, args.images)
-    dataset = dataset.select(range(min(args.count, len(dataset))))
-    say(
-        f"{len(dataset)} images, {captioner.model.encoder.name}, {captioner.device}, "
-        f"{captioner.precision}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    )
-    rates = measure(captioner, dataset, args.batch_size, args.steps)
-    _print(rates)
+    tables: dict[str, dict[str, float]] = {}
+    for checkpoint in args.checkpoints:
+        measured = measure(args, checkpoint)
+        for title, rows in measured.items():
+            print(f"\n{title}")
+            for name, value in rows.items():
+                print(f"  {name:48} {value:12.3f}")
+        tables |= measured
     if args.output:
-        write_json(args.output, rates)
+        write_json(args.output, tables)
     return 0
 
 
