@@ -19,6 +19,7 @@ from captioner.errors import ConfigError, UsageError
 T = TypeVar("T")
 
 Cell = Literal["lstm", "gru", "rnn_tanh", "rnn_relu"]
+Initialisation = Literal["orthogonal", "xavier", "identity"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,10 @@ class DecoderConfig:
             (show_attend_tell); 0 keeps the CNN's own width, as in the paper.
         dropout: Share of units dropped before, between and after the recurrent layers.
         attention_regularisation: Weight of the doubly stochastic term (Xu et al. 2015, eq. 14).
+        recurrent_initialisation: What the recurrent weights of each gate begin with; "identity"
+            with rnn_relu is the IRNN (Le et al. 2015).
+        forget_bias: What the bias of the LSTM's forget gate begins with; the larger, the longer
+            it remembers at first (Jozefowicz et al. 2015).
     """
 
     kind: Literal["show_and_tell", "show_attend_tell"] = "show_attend_tell"
@@ -154,11 +159,15 @@ class DecoderConfig:
     feature_size: int = 0
     dropout: float = 0.5
     attention_regularisation: float = 1.0
+    recurrent_initialisation: Initialisation = "orthogonal"
+    forget_bias: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         _at_least(self, layers=1, embedding_size=1, hidden_size=1, attention_size=1)
         _at_least(self, feature_size=0, attention_regularisation=0.0)
+        if not math.isfinite(self.forget_bias):
+            raise _refusal(self, "forget_bias", "a finite number")
         _share(self, "dropout")
 
 
@@ -176,6 +185,10 @@ class TrainingConfig:
         warmup_steps: Optimiser steps over which the learning rate rises from 0.
         schedule: How it falls afterwards: "cosine" or "linear" to 0, or "constant".
         gradient_clip: Largest norm of the whole gradient; 0 doesn't clip.
+        gradient_clip_value: Largest size of each number in the gradient, cut after
+            ``gradient_clip``; 0 doesn't clip.
+        bptt_window: Truncated back-propagation: gradients go back at most so many tokens and the
+            state goes on over the cut; 0 is the whole caption.
         accumulation_steps: Batches whose gradients make one optimiser step.
         label_smoothing: Probability mass spread over the other words.
         precision: "auto" is bfloat16 where the device computes in it, else float32.
@@ -183,6 +196,8 @@ class TrainingConfig:
         seed: Seed of weights, batches and dropout.
         patience: Epochs without a better score before training stops; 0 never stops early.
         log_every: Optimiser steps between log lines.
+        gradient_flow_every: Optimiser steps between measurements of how much gradient reaches the
+            state at each step back in time; 0 never measures.
         checkpoint_every: Optimiser steps between writes of ``last`` within an epoch; 0 writes at
             the end of each epoch alone.
     """
@@ -195,6 +210,8 @@ class TrainingConfig:
     warmup_steps: int = 200
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     gradient_clip: float = 5.0
+    gradient_clip_value: float = 0.0
+    bptt_window: int = 0
     accumulation_steps: int = 1
     label_smoothing: float = 0.1
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -202,13 +219,15 @@ class TrainingConfig:
     seed: int = 0
     patience: int = 5
     log_every: int = 20
+    gradient_flow_every: int = 0
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         _at_least(self, epochs=1, batch_size=1, captions_per_image=1, accumulation_steps=1)
         _at_least(self, weight_decay=0.0, warmup_steps=0, gradient_clip=0.0, patience=0, seed=0)
-        _at_least(self, log_every=1, checkpoint_every=0)
+        _at_least(self, log_every=1, checkpoint_every=0, gradient_flow_every=0, bptt_window=0)
+        _at_least(self, gradient_clip_value=0.0)
         _positive(self, "learning_rate")
         _share(self, "label_smoothing")
 

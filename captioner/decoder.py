@@ -16,8 +16,15 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from captioner.config import DecoderConfig
-from captioner.recurrent import StepCells, Stepper, sequence_module, states_of
-from captioner.vocabulary import PAD
+from captioner.recurrent import (
+    RecurrentStack,
+    StepCells,
+    Stepper,
+    gradient_norms,
+    states_of,
+    traced,
+)
+from captioner.vocabulary import EOS, PAD
 
 # What belongs to images, tensors of (B, …), and what belongs to hypotheses, tensors of (B, K, …).
 Memory = tuple[Tensor, ...]
@@ -100,14 +107,48 @@ class Decoder(nn.Module, ABC):
             dtype: In which it computes; weights are copied into it, once.
         """
 
+    @property
     @abstractmethod
-    def teacher_forcing(self, features: Tensor, token_ids: Tensor) -> TeacherForced:
+    def recurrent(self) -> RecurrentStack | StepCells:
+        """The recurrent layers."""
+
+    @abstractmethod
+    def teacher_forcing(
+        self, features: Tensor, token_ids: Tensor, bptt_window: int = 0
+    ) -> TeacherForced:
         """Predict each token of the captions from those before it.
 
         Args:
             features: (B, N, D).
             token_ids: (B, K, T + 1), from BOS to EOS, then PAD.
+            bptt_window: After so many tokens the state goes on and no gradient comes back; what
+                the state begins with belongs to the first window. 0 cuts nowhere.
         """
+
+    def gradient_flow(
+        self, features: Tensor, token_ids: Tensor, bptt_window: int = 0
+    ) -> dict[str, list[list[float]]]:
+        """Measure how much gradient reaches h at each step, without dropout.
+
+        Args:
+            features: Of the image of each caption, (rows, N, D).
+            token_ids: Captions of one length, from BOS to EOS: (rows, T + 1).
+            bptt_window: As in ``teacher_forcing``.
+
+        Returns:
+            The norms of ``recurrent.gradient_norms``, for each layer from the last step back:
+            ``loss`` of the loss of all tokens, and ``end`` of that of each caption's EOS alone,
+            which has come all the way from there.
+        """
+        was_training = self.training
+        self.eval()
+        with traced(self.recurrent) as hidden:
+            said = self.teacher_forcing(features, token_ids.unsqueeze(1), bptt_window)
+        self.train(was_training)
+        losses = nn.functional.cross_entropy(said.logits, said.targets, reduction="none")
+        parts = {"loss": losses.sum(), "end": losses[said.targets == EOS].sum()}
+        norms = {name: gradient_norms(part, hidden) for name, part in parts.items()}
+        return {name: [layer[::-1] for layer in layers] for name, layers in norms.items()}
 
     def attention(self, features: Tensor, token_ids: Tensor) -> Tensor | None:
         """Say what is looked at after each token; None for a decoder without attention.
@@ -130,8 +171,16 @@ class ShowAndTell(Decoder):
     def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
         super().__init__(config, vocabulary_size, feature_width)
         self.image = nn.Linear(feature_width, config.embedding_size)
-        self.recurrence = sequence_module(
-            config.cell, config.embedding_size, config.hidden_size, config.layers, config.dropout
+        self.recurrence = RecurrentStack(
+            config.cell,
+            config.embedding_size,
+            config.hidden_size,
+            config.layers,
+            config.dropout,
+            return_sequences=True,
+            return_state=True,
+            initialisation=config.recurrent_initialisation,
+            forget_bias=config.forget_bias,
         )
         self.output = nn.Linear(config.hidden_size, vocabulary_size)
 
@@ -139,22 +188,24 @@ class ShowAndTell(Decoder):
         """See ``Decoder.for_search``."""
         return _ShowAndTellSteps(self, dtype)
 
-    def teacher_forcing(self, features: Tensor, token_ids: Tensor) -> TeacherForced:
+    @property
+    def recurrent(self) -> RecurrentStack:
+        """See ``Decoder.recurrent``."""
+        return self.recurrence
+
+    def teacher_forcing(
+        self, features: Tensor, token_ids: Tensor, bptt_window: int = 0
+    ) -> TeacherForced:
         """See ``Decoder.teacher_forcing``: one fused call over the whole sequence."""
         inputs, targets = token_ids[..., :-1].flatten(0, 1), token_ids[..., 1:].flatten(0, 1)
         captions = token_ids.shape[1]
         _, state = self.recurrence(self.dropout(self.image(features.mean(1, keepdim=True))))
-        state = self._expand(state, captions)
+        # Each caption of an image gets the image's state: (L, B, H) -> (L, B * K, H).
+        state = tuple(part.repeat_interleave(captions, 1) for part in state)
         words = self.dropout(self.embedding(inputs))  # (B * K, T, E)
-        hidden, _ = self.recurrence(words, state)
+        hidden, _ = self.recurrence(words, state, bptt_window=bptt_window)
         real = targets != PAD
         return TeacherForced(self.output(self.dropout(hidden[real])), targets[real])
-
-    def _expand(self, state: Tensor | State, captions: int) -> Tensor | State:
-        """Give each caption of an image the image's state: (L, B, H) -> (L, B * K, H)."""
-        if isinstance(state, Tensor):
-            return state.repeat_interleave(captions, 1)
-        return tuple(part.repeat_interleave(captions, 1) for part in state)
 
 
 class _ShowAndTellSteps(Steps):
@@ -162,7 +213,7 @@ class _ShowAndTellSteps(Steps):
         config = decoder.config
         self._image = _weights(decoder.image, dtype)
         self._output = _weights(decoder.output, dtype)
-        self._cells = Stepper(decoder.recurrence, config.cell, dtype)
+        self._cells = Stepper(decoder.recurrence, dtype)
         self._from_word = _of_each_word(decoder, self._cells)
         self._per_layer = states_of(config.cell)
         self._state = (config.layers * self._per_layer, config.hidden_size)
@@ -194,7 +245,13 @@ class ShowAttendTell(Decoder):
         self.score = nn.Linear(config.attention_size, 1, bias=False)
         self.gate = nn.Linear(hidden, width)
         self.cells = StepCells(
-            config.cell, config.embedding_size + width, hidden, config.layers, config.dropout
+            config.cell,
+            config.embedding_size + width,
+            hidden,
+            config.layers,
+            config.dropout,
+            config.recurrent_initialisation,
+            config.forget_bias,
         )
         self.hidden_output = nn.Linear(hidden, config.embedding_size)
         self.context_output = nn.Linear(width, config.embedding_size, bias=False)
@@ -269,7 +326,14 @@ class ShowAttendTell(Decoder):
         mixed = words + self.hidden_output(self.dropout(hidden)) + self.context_output(context)
         return self.output(self.dropout(mixed))
 
-    def teacher_forcing(self, features: Tensor, token_ids: Tensor) -> TeacherForced:
+    @property
+    def recurrent(self) -> StepCells:
+        """See ``Decoder.recurrent``."""
+        return self.cells
+
+    def teacher_forcing(
+        self, features: Tensor, token_ids: Tensor, bptt_window: int = 0
+    ) -> TeacherForced:
         """See ``Decoder.teacher_forcing``; captions that have ended take no further steps."""
         inputs, targets = token_ids[..., :-1], token_ids[..., 1:]
         real = targets != PAD
@@ -282,6 +346,8 @@ class ShowAttendTell(Decoder):
         for t, (b, k) in enumerate(steps):
             memory = tuple(part[:b] for part in memory)
             state = tuple(part[:b, :k] for part in state)
+            if bptt_window and t and t % bptt_window == 0:
+                state = tuple(part.detach() for part in state)
             hidden, context, weights, state = self._recur(words[:b, :k, t], state, memory)
             hiddens.append(hidden.flatten(0, 1))
             contexts.append(context.flatten(0, 1))
@@ -311,7 +377,7 @@ class _ShowAttendTellSteps(Steps):
         self._looking_bias = torch.cat([gate_bias.new_zeros(len(query)), gate_bias])
         self._widths = [len(query), len(gate)]
         self._score = -2 * decoder.score.weight.detach().to(dtype)
-        self._cells = Stepper(decoder.cells, config.cell, dtype)
+        self._cells = Stepper(decoder.cells, dtype)
         self._per_layer = states_of(config.cell)
         self._from_word = _of_each_word(decoder, self._cells)
         self._from_context = self._cells.input_weight[:, config.embedding_size :].contiguous()

@@ -1,11 +1,11 @@
-"""Scores to look at: a plot of how they are spread, and a page of the best and worst images."""
+"""Results to look at: how scores are spread, the best and worst images, the flow of gradients."""
 
 import base64
 import html
 import io
 import os
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,52 @@ def write_plot(path: str | Path, scores: Mapping[str, Scores]) -> None:
     Raises:
         UsageError: matplotlib isn't installed, or it doesn't know the file's suffix.
     """
-    kind = Path(path).suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg", "pdf"):
-        raise UsageError(f"{path}: a plot's name must end in .png, .svg or .pdf")
-    with atomic_write(path, "wb") as file:
-        file.write(_plot(scores, kind))
+    _image_kind(path)  # refused before anything is drawn
+    save_figure(path, _spread(scores))
 
 
-def _plot(scores: Mapping[str, Scores], kind: str) -> bytes:
+def new_figure(columns: int, rows: int, width: float = 3.2, height: float = 2.4) -> Any:
+    """Return a matplotlib figure with room for so many axes, each of so many inches.
+
+    Raises:
+        UsageError: matplotlib isn't installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("plots need matplotlib: pip install 'captioner[report]'") from None
+    return Figure(figsize=(width * columns, height * rows), layout="constrained")
+
+
+def save_figure(path: str | Path, figure: Any) -> None:
+    """Write a figure as an image file, whole or not at all.
+
+    Raises:
+        UsageError: matplotlib doesn't know the file's suffix.
+    """
+    kind = _image_kind(path)
+    with atomic_write(path, "wb") as file:
+        file.write(_image(figure, kind))
+
+
+def _image_kind(path: str | Path) -> str:
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise UsageError(f"{path}: a plot's name must end in .png, .svg or .pdf")
+    return kind
+
+
+def _image(figure: Any, kind: str) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format=kind)
+    return content.getvalue()
+
+
+def _spread(scores: Mapping[str, Scores]) -> Any:
     metrics = list(next(iter(scores.values())).per_image)
     columns = min(4, len(metrics))
     rows = -(-len(metrics) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
+    figure = new_figure(columns, rows)
     for place, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, place + 1)
         values = [
@@ -56,9 +86,37 @@ def _plot(scores: Mapping[str, Scores], kind: str) -> bytes:
         axes.set_ylabel("images")
         if len(scores) > 1 and place == 0:
             axes.legend(fontsize="x-small")
-    content = io.BytesIO()
-    figure.savefig(content, format=kind)
-    return content.getvalue()
+    return figure
+
+
+def write_flow_plot(path: str | Path, measured: Sequence[Mapping[str, Any]]) -> None:
+    """Draw how much gradient reached h at each step back in time, as an image file.
+
+    Args:
+        path: The image file.
+        measured: Lines of a run's log of the kind ``gradient_flow``, in order: ``step``, and for
+            ``loss`` and ``end`` the norms of each layer from the last step back
+            (``Decoder.gradient_flow``). The first, the middle and the last are drawn.
+
+    Raises:
+        UsageError: matplotlib isn't installed, or it doesn't know the file's suffix.
+    """
+    layers = len(measured[0]["loss"])
+    titles = {"loss": "loss of all tokens", "end": "loss of the last token"}
+    figure = new_figure(len(titles), layers, height=2.6)
+    shown = sorted({0, len(measured) // 2, len(measured) - 1})
+    for layer in range(layers):
+        for place, (name, title) in enumerate(titles.items()):
+            axes = figure.add_subplot(layers, len(titles), layer * len(titles) + place + 1)
+            for row in (measured[i] for i in shown):
+                norms = np.array(row[name][layer])
+                axes.plot(np.where(norms > 0, norms, np.nan), label=f"step {row['step']}")
+            axes.set_yscale("log")
+            axes.set_title(f"layer {layer + 1}: {title}", fontsize="small")
+            axes.set_xlabel("steps back from the last")
+            axes.set_ylabel("|dL/dh|")
+            axes.legend(fontsize="x-small")
+    save_figure(path, figure)
 
 
 def write_report(
@@ -91,7 +149,7 @@ def write_report(
     shown = min(SHOWN, -(-len(keys) // 2))
     best = [int(place) for place in order[:shown]]
     worst = [int(place) for place in order[::-1][: min(shown, len(keys) - shown)]]
-    plot = base64.b64encode(_plot(scores, "png")).decode()
+    plot = base64.b64encode(_image(_spread(scores), "png")).decode()
 
     def cards(places: list[int]) -> str:
         return "\n".join(

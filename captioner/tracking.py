@@ -42,6 +42,11 @@ class JsonLog:
         self._file.close()
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return what is in a log; a line that was being written when its process died is left out."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
 def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
@@ -95,6 +100,12 @@ class Tracker:
         for image, caption, truth in zip(images, captions, references, strict=True):
             table.add_data(epoch, wandb.Image(image), caption, "\n".join(truth))
         self._run.log({"step": step, "validation/samples": table})
+
+    def log_images(self, step: int, paths: Mapping[str, Path]) -> None:
+        """Log image files by their names."""
+        if self._run:
+            images = {name: wandb.Image(str(path)) for name, path in paths.items()}
+            self._run.log({"step": step, **images})
 
     def keep_checkpoint(self, directory: Path, aliases: Sequence[str]) -> None:
         """Keep a checkpoint as an artifact of the run."""

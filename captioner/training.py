@@ -3,7 +3,7 @@
 A run's folder:
 
     best/, last/       checkpoints; ``last`` also holds what resuming needs
-    log.jsonl          a line per log step and per epoch
+    log.jsonl          a line per log step, per epoch and per measurement of gradient flow
     run.json           config, package versions, git commit, hardware, command
     split.json         image ids of train and val
     wandb/             what Weights & Biases keeps
@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from captioner.annotations import ImageId
-from captioner.config import Config, TrainingConfig
+from captioner.config import Config, TrainingConfig, parse
 from captioner.data import (
     Batch,
     CaptionDataset,
@@ -40,18 +40,20 @@ from captioner.data import (
 from captioner.decoder import TeacherForced
 from captioner.device import autocast, choose_device, choose_precision
 from captioner.encoder import make_encoder
-from captioner.errors import CheckpointError, ConfigError, TrainingError
+from captioner.errors import CheckpointError, ConfigError, TrainingError, UsageError
 from captioner.features import Features, cached_features, default_cache_dir, report_failures
 from captioner.files import atomic_directory, recover_directory, write_json
 from captioner.images import Preprocessing, in_batches, load_image, load_pixels
 from captioner.metrics import compute_metrics
 from captioner.model import CaptionModel, decode, load_checkpoint, save_checkpoint
 from captioner.progress import Progress, say
+from captioner.report import write_flow_plot
 from captioner.results import write_results
-from captioner.tracking import JsonLog, Tracker
+from captioner.tracking import JsonLog, Tracker, read_log
 from captioner.vocabulary import PAD, Vocabulary
 
 STATE = "training_state.pt"
+FLOW = "gradient_flow"  # the kind of its lines in log.jsonl
 VALIDATION_METRICS = ("BLEU", "ROUGE-L", "CIDEr-D")
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nltk", "wandb", "pycocotools")
 
@@ -62,6 +64,7 @@ FREE_TO_CHANGE = {
     "data.cache_dir",
     "training.device",
     "training.log_every",
+    "training.gradient_flow_every",
     "training.checkpoint_every",
     "training.patience",
 }
@@ -148,10 +151,13 @@ def _load_state(output_dir: Path, config: Config, resume: bool) -> dict[str, Any
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = json.loads(state["config"])
+        # Settings that are newer than the run take their defaults.
+        saved = parse(Config, json.loads(state["config"]), str(path)).to_dict()
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
-    _refuse_changes(saved, json.loads(json.dumps(config.to_dict())), output_dir)
+    _refuse_changes(
+        json.loads(json.dumps(saved)), json.loads(json.dumps(config.to_dict())), output_dir
+    )
     return state
 
 
@@ -414,6 +420,7 @@ class _Trainer:
             self.tracker.log_samples(
                 self.at.step, self.at.epoch, samples, shown, val_set.captions[: len(samples)]
             )
+        self._plot_gradient_flow()
         self.tracker.keep_checkpoint(
             self.output_dir / "best", ["best", f"epoch-{self.at.best_epoch}"]
         )
@@ -457,7 +464,9 @@ class _Trainer:
         for x, token_ids in group:
             with autocast(self.device, self.precision):
                 said = self.model.decoder.teacher_forcing(
-                    self._features(x), token_ids.to(self.device, non_blocking=True)
+                    self._features(x),
+                    token_ids.to(self.device, non_blocking=True),
+                    training.bptt_window,
                 )
                 loss = caption_loss(
                     said,
@@ -468,11 +477,11 @@ class _Trainer:
                 )
             loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(
-            [p for group in self.optimizer.param_groups for p in group["params"]],
-            training.gradient_clip or math.inf,
-        )
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, training.gradient_clip or math.inf)
         self._refuse_non_finite(float(total), float(norm), rate)
+        if training.gradient_clip_value:
+            nn.utils.clip_grad_value_(trained, training.gradient_clip_value)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.at.step += 1
@@ -481,6 +490,8 @@ class _Trainer:
         self.at.tokens += tokens
         if self.at.step % training.log_every == 0:
             self._log_step(float(norm), rate)
+        if training.gradient_flow_every and self.at.step % training.gradient_flow_every == 0:
+            self._log_gradient_flow(*group[0])
         if training.checkpoint_every and self.at.step % training.checkpoint_every == 0:
             self._save("last")
 
@@ -519,6 +530,39 @@ class _Trainer:
         self.tracker.log(self.at.step, {f"train/{name}": v for name, v in values.items()})
         self.at.seconds += self._meter.seconds
         self._meter = _Meter()
+
+    def _log_gradient_flow(self, x: Tensor, token_ids: Tensor) -> None:
+        """Measure on some captions of a batch, without changing anything that training uses."""
+        images, captions = _equally_long(token_ids)
+        self.model.eval()
+        with torch.no_grad():
+            features = self._features(x[images]).float()
+        flow = self.model.decoder.gradient_flow(
+            features, captions.to(self.device), self.config.training.bptt_window
+        )
+        self.log.write(kind=FLOW, step=self.at.step, epoch=self.at.epoch + 1, **flow)
+        self.tracker.log(
+            self.at.step,
+            {
+                f"gradient_flow/{name}/layer{number}/back{back}": layer[back]
+                for name, layers in flow.items()
+                for number, layer in enumerate(layers)
+                for back in (0, 1, 2, 4, 8, 16)
+                if back < len(layer)
+            },
+        )
+
+    def _plot_gradient_flow(self) -> None:
+        measured = [row for row in read_log(self.output_dir / "log.jsonl") if row["kind"] == FLOW]
+        if not measured:
+            return
+        path = self.output_dir / "gradient_flow.png"
+        try:
+            write_flow_plot(path, measured)
+        except UsageError as error:
+            say(f"warning: {path} isn't drawn: {error}")
+        else:
+            self.tracker.log_images(self.at.step, {"gradient_flow": path})
 
     def _caption(self, dataset: CaptionDataset, inputs: _Inputs) -> dict[ImageId, str]:
         """Caption validation images by free-running search."""
@@ -636,6 +680,22 @@ def _rows_of(batch: Batch, images: Sequence[int]) -> Tensor:
         return batch.token_ids
     kept = set(images)
     return batch.token_ids[[image in kept for image in batch.images]]
+
+
+def _equally_long(token_ids: Tensor, at_most: int = 16) -> tuple[Tensor, Tensor]:
+    """Choose captions of the commonest length out of a batch.
+
+    Args:
+        token_ids: (B, K, T + 1).
+        at_most: How many.
+
+    Returns:
+        The image in the batch and the token ids of each: (rows,), (rows, T' + 1).
+    """
+    lengths = (token_ids != PAD).sum(-1)
+    commonest = int(lengths[lengths > 0].mode().values)
+    images, slots = (lengths == commonest).nonzero()[:at_most].unbind(1)
+    return images, token_ids[images, slots, :commonest]
 
 
 def _thumbnail(path: Path) -> Image.Image:

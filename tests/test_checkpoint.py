@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 
 from captioner.captioner import Captioner
-from captioner.config import SearchConfig
+from captioner.config import DecoderConfig, SearchConfig
 from captioner.errors import CheckpointError
 from captioner.files import atomic_directory, recover_directory
-from captioner.model import load_checkpoint, save_checkpoint
+from captioner.model import CaptionModel, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +51,29 @@ def test_round_trip(tiny_model, captioner, checkpoint, drawn):
     assert not loaded.training
     captions = Captioner(loaded, "cpu", "float32").caption(drawn.paths)
     assert captions == captioner.caption(drawn.paths) == list(drawn.captions.values())
+
+
+@pytest.mark.parametrize("kind", ["show_and_tell", "show_attend_tell"])
+def test_checkpoints_from_before_the_recurrent_stack_load(tiny_model, tmp_path, kind):
+    """They lack the newer settings, and name the fused weights without ``fused``."""
+    config = DecoderConfig(kind, "gru", 2, 8, 9, 7)
+    model = CaptionModel(tiny_model.encoder, config, tiny_model.vocabulary, tiny_model.search)
+    save_checkpoint(model, tmp_path, {})
+
+    def forget(content):
+        for name in ("recurrent_initialisation", "forget_bias"):
+            del content["decoder"][name]
+
+    edit_json(tmp_path / "config.json", forget)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    old = {name.replace(".fused.", "."): tensor for name, tensor in tensors.items()}
+    assert (old.keys() == tensors.keys()) == (kind == "show_attend_tell")
+    safetensors.torch.save_file(old, path)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.decoder.config == config
+    for one, other in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_needs_nothing_but_its_directory(checkpoint, drawn, tmp_path):

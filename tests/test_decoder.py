@@ -302,3 +302,94 @@ def test_bfloat16_autocast_stays_near_float32(kind):
     assert said.logits.dtype == torch.bfloat16
     torch.testing.assert_close(said.logits.float(), expected.logits, rtol=0.1, atol=0.1)
     assert torch.equal(said.targets, expected.targets)
+
+
+# --- remedies ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "cell"), list(product(KINDS, CELLS)))
+def test_how_weights_begin_is_the_settings_choice(kind, cell):
+    changes = {"recurrent_initialisation": "identity", "forget_bias": -2.0}
+    config = DecoderConfig(kind=kind, cell=cell, layers=2, hidden_size=9, **changes)
+    decoder = make_decoder(config, VOCABULARY, WIDTH)
+    for number in range(2):
+        names = {n: p for n, p in decoder.recurrent.named_parameters() if str(number) in n}
+        weights = next(p for n, p in names.items() if "weight_hh" in n)
+        assert all(torch.equal(gate, torch.eye(9)) for gate in weights.split(9))
+        bias = sum(p for n, p in names.items() if "bias" in n)
+        assert bias.tolist() == [
+            -2.0 if cell == "lstm" and 9 <= i < 18 else 0.0 for i in range(len(bias))
+        ]
+
+
+@pytest.mark.parametrize(("kind", "cell"), list(product(KINDS, CELLS)))
+def test_truncation_by_hand(kind, cell):
+    """A decoder that is stepped by hand and cut every 2 tokens has the gradients of window 2."""
+    decoder = make(kind, cell, 2)
+    features, token_ids = features_of(CAPTIONS[:1]), pad([[CAPTIONS[0][0]]])
+
+    def of_window(window: int) -> list[torch.Tensor]:
+        said = decoder.teacher_forcing(features, token_ids, window)
+        loss = nn.functional.cross_entropy(said.logits, said.targets, reduction="sum")
+        return [loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters()))]
+
+    def by_hand(window: int) -> list[torch.Tensor]:
+        loss = torch.zeros((), dtype=torch.float64)
+        words = decoder.embedding(token_ids[:, 0, :-1])
+        if isinstance(decoder, ShowAndTell):
+            _, state = decoder.recurrence.fused(decoder.image(features.mean(1, keepdim=True)))
+        else:
+            memory, state = decoder.start(features)
+        for t, target in enumerate(token_ids[0, 0, 1:]):
+            if t and t % window == 0:
+                state = (
+                    state.detach()
+                    if isinstance(state, torch.Tensor)
+                    else tuple(part.detach() for part in state)
+                )
+            if isinstance(decoder, ShowAndTell):
+                hidden, state = decoder.recurrence.fused(words[:, t : t + 1], state)
+                logits = decoder.output(hidden[0])
+            else:
+                word = words[:, t : t + 1]
+                hidden, context, _, state = decoder._recur(word, state, memory)
+                logits = decoder._logits(word, hidden, context)[0]
+            loss = loss + nn.functional.cross_entropy(logits, target.view(1))
+        return [loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters()))]
+
+    def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+        pairs = zip(one, other, strict=True)
+        return all(torch.allclose(a, b, rtol=0, atol=1e-11) for a, b in pairs)
+
+    full = of_window(0)
+    assert same(full, of_window(6))
+    assert same(full, by_hand(99))
+    assert same(of_window(2), by_hand(2))
+    assert torch.allclose(of_window(2)[0], full[0])  # the state is carried
+    assert not same(of_window(2), full)
+
+
+@pytest.mark.parametrize(("kind", "cell"), list(product(KINDS, CELLS)))
+def test_gradient_flow_is_that_of_training_and_touches_nothing(kind, cell):
+    decoder = make(kind, cell, 2, dropout=0.5).train()
+    captions = [[4, 5, 6], [9, 10, 4]]
+    features, token_ids = features_of(captions), pad([[c] for c in captions])[:, 0]
+    random = torch.get_rng_state()
+    flow = decoder.gradient_flow(features, token_ids)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert decoder.training
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+    steps = 4 + (kind == "show_and_tell")  # BOS and three words, and the image before them
+    assert {name: [len(layer) for layer in layers] for name, layers in flow.items()} == {
+        "loss": [steps] * 2,
+        "end": [steps] * 2,
+    }
+    # In the last step both are of EOS alone; further back, the loss has more parts.
+    for whole, end in zip(flow["loss"], flow["end"], strict=True):
+        assert whole[0] == pytest.approx(end[0])
+        assert whole[2] != pytest.approx(end[2], rel=1e-3)
+    cut = decoder.gradient_flow(features, token_ids, bptt_window=2)["end"]
+    for whole, layer in zip(flow["end"], cut, strict=True):
+        assert layer[:2] == pytest.approx(whole[:2])
+        assert layer[1] > 0
+        assert not any(layer[2:])

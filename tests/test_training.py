@@ -315,6 +315,76 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+def test_gradients_are_clipped_by_norm_and_by_value(experiment, tmp_path, monkeypatch):
+    """What the optimiser is given, in a run: the norm as logged was measured before the cut."""
+    sizes = []
+    step = torch.optim.AdamW.step
+
+    def watched_step(optimizer, *args, **kwargs):
+        gradients = [p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]
+        whole = torch.cat(gradients)
+        sizes.append((float(whole.norm()), float(whole.abs().max())))
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
+    for name, settings in {
+        "norm": ["training.gradient_clip=0.01"],
+        "value": ["training.gradient_clip=0", "training.gradient_clip_value=0.001"],
+    }.items():
+        sizes.clear()
+        config = load_config(experiment, ["training.epochs=1", *settings])
+        train(config, tmp_path / name)
+        norms, values = zip(*sizes, strict=True)
+        rows = [r for r in read_log(tmp_path / name) if r["kind"] == "step"]
+        logged = [row["gradient_norm"] for row in rows]
+        assert min(logged) > 0.01
+        if name == "norm":
+            assert max(norms) == pytest.approx(0.01, rel=1e-3)
+        else:
+            assert max(values) == pytest.approx(0.001)
+            assert all(after < before for after, before in zip(norms, logged, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["show_and_tell", "show_attend_tell"])
+def test_gradient_flow_is_logged_and_drawn_and_changes_nothing(experiment, tmp_path, kind):
+    settings = [f"decoder.kind={kind}", "training.epochs=1", "decoder.layers=2"]
+    train(load_config(experiment, settings), tmp_path / "without")
+    flow = ["training.gradient_flow_every=3", "training.bptt_window=0"]
+    train(load_config(experiment, settings + flow), tmp_path / "with")
+    weights = [(tmp_path / n / "last/model.safetensors").read_bytes() for n in ("with", "without")]
+    assert weights[0] == weights[1]
+    rows = [r for r in read_log(tmp_path / "with") if r["kind"] == "gradient_flow"]
+    assert [row["step"] for row in rows] == [3, 6]
+    for row in rows:
+        assert len(row["loss"]) == len(row["end"]) == 2
+        assert all(value > 0 for layer in row["end"] for value in layer)
+    picture = Image.open(tmp_path / "with/gradient_flow.png")
+    assert picture.width > 300
+    assert not (tmp_path / "without/gradient_flow.png").exists()
+
+
+def test_a_window_trains_and_a_run_from_before_there_were_windows_goes_on(experiment, tmp_path):
+    """New settings are missing in an old run's state: they take their defaults."""
+    settings = ["training.epochs=1", "training.bptt_window=2"]
+    train(load_config(experiment, settings), tmp_path / "window")
+    train(load_config(experiment, settings[:1]), tmp_path / "old")
+    weights = [(tmp_path / n / "last/model.safetensors").read_bytes() for n in ("window", "old")]
+    assert weights[0] != weights[1]
+    path = tmp_path / "old/last/training_state.pt"
+    state = torch.load(path, weights_only=True)
+    saved = json.loads(state["config"])
+    for section, names in {
+        "training": ["bptt_window", "gradient_clip_value", "gradient_flow_every"],
+        "decoder": ["recurrent_initialisation", "forget_bias"],
+    }.items():
+        for name in names:
+            del saved[section][name]
+    torch.save(state | {"config": json.dumps(saved)}, path)
+    train(load_config(experiment, settings[:1]), tmp_path / "old", resume=True)
+    with pytest.raises(CheckpointError, match="bptt_window = 0"):
+        train(load_config(experiment, settings), tmp_path / "old", resume=True)
+
+
 def test_caption_loss_is_the_mean_over_true_tokens():
     logits, targets = torch.randn(7, 5), torch.randint(5, (7,))
     expected = torch.nn.functional.cross_entropy(logits, targets)
