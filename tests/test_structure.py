@@ -15,7 +15,7 @@ from captioner.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "captioner"
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.toml"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.toml"))
 HEAVY = {"torch", "torchvision"}
 
 # What must work, and at once, where torch is slow to import or missing.
@@ -124,7 +124,7 @@ def test_only_training_and_commands_know_all():
 
 
 def test_every_module_says_what_it_is():
-    for folder in ("captioner", "tools"):
+    for folder in ("captioner", "tools", "experiments"):
         for path in (ROOT / folder).rglob("*.py"):
             assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 
@@ -156,10 +156,10 @@ def test_every_package_that_the_library_imports_is_asked_for():
     extras = project["optional-dependencies"]
     asked = bounds([*project["dependencies"], *extras["report"], *extras["official"]])
     names = {"PIL": "pillow"}
-    for folder in ("captioner", "tools"):
+    for folder in ("captioner", "tools", "experiments"):
         for path in (ROOT / folder).rglob("*.py"):
             for name in {each.partition(".")[0] for each in imports(path)}:
-                if name != "captioner" and name not in sys.stdlib_module_names:
+                if name not in {"captioner", "experiments"} and name not in sys.stdlib_module_names:
                     assert names.get(name, name) in asked, f"{path} imports {name}"
 
 

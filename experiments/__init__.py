@@ -1,0 +1,1 @@
+"""Experiment files, studies, and what was measured."""

@@ -1,0 +1,103 @@
+"""Captions by each cell, under the same budget."""
+
+import statistics
+from itertools import product
+from pathlib import Path
+
+from captioner.files import atomic_write
+from captioner.metrics import Scores, score
+from captioner.metrics.significance import confidence_interval, paired_test
+from captioner.progress import say
+from captioner.report import new_figure
+from captioner.results import read_results
+from captioner.tracking import read_log
+from captioner.training import FLOW, train
+from experiments.recurrence.captions import experiment, load_captions
+from experiments.recurrence.study import Record, Result, Setting, draw_bars, groups
+
+METRICS = ("BLEU-4", "CIDEr-D")
+
+
+def captioning(setting: Setting) -> Result:
+    """One to many: photograph to caption, by each cell, on Flickr8k.
+
+    Show and Tell of 256 units on a frozen MobileNetV2 (`captioning.toml`): the same epochs,
+    batches and learning rate for each cell, captions of the validation split found by a beam of
+    3, scores of the best epoch by BLEU-4. `low` and `high` are the 95% interval over images
+    (bootstrap), a mean over seeds. `p against lstm` is the largest of a paired randomisation test
+    over the seeds, on CIDEr-D. `end to image` is the share of the gradient of the caption's last
+    word that reaches the state after the image, measured in the last epoch. Runs are kept in
+    `runs/` below the output folder and go on where they were stopped.
+    """
+    cells = setting.pick(("lstm", "gru", "rnn_tanh", "rnn_relu"), ("lstm", "rnn_tanh"))
+    records: list[Record] = []
+    scores: dict[tuple[str, int], Scores] = {}
+    for cell, seed in product(cells, setting.seeds):
+        say(f"captioning: {cell}, seed {seed}")
+        folder = setting.output / "runs" / f"{cell}_{seed}"
+        _train(setting, cell, seed, folder)
+        scores[cell, seed] = found = _score(setting, folder)
+        record = {"cell": cell, "seed": seed}
+        for metric in METRICS:
+            low, high = confidence_interval(found, metric, setting.pick(1000, 50))
+            record |= {metric: found.corpus[metric], f"{metric}_low": low, f"{metric}_high": high}
+        record["p_against_lstm"] = (
+            None if cell == "lstm" else paired_test(scores["lstm", seed], found, "CIDEr-D")
+        )
+        records.append(record | _of_log(folder))
+    for _, of_cell in groups(records, ("cell",)).items():
+        chances = [record["p_against_lstm"] for record in of_cell]
+        for record in of_cell:
+            record["p_against_lstm"] = None if None in chances else max(chances)
+    figure = new_figure(3, 1, 4.0, 3.0)
+    for place, metric in enumerate(METRICS):
+        draw_bars(figure.add_subplot(1, 3, place + 1), records, "cell", metric)
+    axes = figure.add_subplot(1, 3, 3)
+    for number, ((cell,), of_cell) in enumerate(groups(records, ("cell",)).items()):
+        for record in of_cell:
+            label = cell if record["seed"] == 0 else None
+            axes.plot(record["flow"], color=f"C{number}", label=label, linewidth=0.9)
+    axes.set(yscale="log", xlabel="steps back from the last word", ylabel="|dL/dh|")
+    axes.legend(fontsize="x-small")
+    values = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+    values += ["p_against_lstm", "train_seconds", "loss", "end_to_image"]
+    return Result(records, ("cell",), tuple(values), figure)
+
+
+def _train(setting: Setting, cell: str, seed: int, folder: Path) -> None:
+    overrides = [f"decoder.cell={cell}", f"training.seed={seed}", f"wandb.mode={setting.wandb}"]
+    overrides += [f"wandb.name={cell}_{seed}", "wandb.project=captioner-recurrence"]
+    if setting.quick:
+        listed = dict(zip(("train", "val"), load_captions(setting)[:2], strict=True))
+        for split, captions in listed.items():
+            path = (setting.output / "runs" / f"{split}.txt").resolve()
+            with atomic_write(path) as file:
+                file.writelines(f"{image.name}\n" for image in captions.dataset.paths)
+            overrides.append(f"data.{split}_split={path}")
+        overrides += [
+            "training.epochs=1",
+            "training.gradient_flow_every=1",
+            "data.min_word_count=1",
+        ]
+        overrides += ["decoder.hidden_size=32", "decoder.embedding_size=32"]
+    train(experiment(setting, *overrides), folder, resume=folder.exists())
+
+
+def _score(setting: Setting, folder: Path) -> Scores:
+    _, val, _ = load_captions(setting)
+    hypotheses = read_results(folder / "best" / "val_predictions.json")
+    return score(hypotheses, val.dataset.references, METRICS)
+
+
+def _of_log(folder: Path) -> Record:
+    """Return what a run's log says: time, loss, and the flow of gradients in the last epoch."""
+    lines = read_log(folder / "log.jsonl")
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    measured = [line["end"][0] for line in lines if line["kind"] == FLOW]
+    flow = measured[-1]
+    return {
+        "train_seconds": sum(line["train_seconds"] for line in epochs),
+        "loss": epochs[-1]["loss"],
+        "end_to_image": statistics.fmean(one[-1] / one[0] for one in measured[-1:]),
+        "flow": flow,
+    }

@@ -1,0 +1,94 @@
+"""What each cell costs."""
+
+import statistics
+import time
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from captioner.progress import watched
+from captioner.recurrent import CELLS, RecurrentStack
+from captioner.report import new_figure
+from experiments.recurrence.study import Record, Result, Setting, draw_lines
+
+
+def cost(setting: Setting) -> Result:
+    """Parameters, time and memory of each cell.
+
+    One layer, as wide as its input, 64 sequences of 20 steps, float32: milliseconds of forward
+    and backward together (the median of repetitions, the cells taken in turn so that all of them
+    meet the same machine), microseconds of a single step of search for 64 hypotheses, and
+    what is kept in memory for the backward pass. `time_of_lstm` and `parameters_of_lstm` are
+    shares of the LSTM's.
+    """
+    widths = setting.pick((64, 128, 256, 512), (16,))
+    repetitions = setting.pick(15, 2)
+    records: list[Record] = []
+    combinations = list(product(setting.seeds, widths))
+    for seed, width in watched(combinations, "cost", len(combinations), "round"):
+        torch.manual_seed(seed)
+        x = torch.randn(64, 20, width, requires_grad=True)
+        stacks = {cell: RecurrentStack(cell, width, width) for cell in CELLS}
+        times: dict[str, list[float]] = {cell: [] for cell in CELLS}
+        steps: dict[str, list[float]] = {cell: [] for cell in CELLS}
+        for _ in range(repetitions + 1):  # the first warms up
+            for cell, stack in stacks.items():
+                times[cell].append(_seconds_of_training(stack, x))
+                steps[cell].append(_seconds_of_a_step(stack, x[:, :1].detach()))
+        medians = {cell: statistics.median(values[1:]) for cell, values in times.items()}
+        parameters = {c: sum(p.numel() for p in s.parameters()) for c, s in stacks.items()}
+        for cell, stack in stacks.items():
+            records.append(
+                {
+                    "width": width,
+                    "cell": cell,
+                    "seed": seed,
+                    "parameters": parameters[cell],
+                    "milliseconds": 1000 * medians[cell],
+                    "microseconds_of_a_step": 1e6 * statistics.median(steps[cell][1:]),
+                    "megabytes": _kept_for_backward(stack, x) / 1e6,
+                    "time_of_lstm": medians[cell] / medians["lstm"],
+                    "parameters_of_lstm": parameters[cell] / parameters["lstm"],
+                }
+            )
+    figure = new_figure(3, 1, 3.6, 3.0)
+    for place, name in enumerate(("milliseconds", "time_of_lstm", "megabytes")):
+        axes = figure.add_subplot(1, 3, place + 1)
+        draw_lines(axes, records, "width", name, ("cell",), marker=".")
+        axes.set_xscale("log", base=2)
+        if name != "time_of_lstm":
+            axes.set_yscale("log")
+    values = ("parameters", "milliseconds", "microseconds_of_a_step", "megabytes")
+    values = (*values, "time_of_lstm", "parameters_of_lstm")
+    return Result(records, ("width", "cell"), values, figure)
+
+
+def _seconds_of_training(stack: RecurrentStack, x: Tensor) -> float:
+    started = time.perf_counter()
+    stack(x).sum().backward()
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def _seconds_of_a_step(stack: RecurrentStack, x: Tensor) -> float:
+    started = time.perf_counter()
+    stack(x)
+    return time.perf_counter() - started
+
+
+def _kept_for_backward(stack: RecurrentStack, x: Tensor) -> int:
+    """Return the bytes of all tensors that a forward pass keeps, each storage counted once."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = stack(x)
+    own = {p.untyped_storage().data_ptr() for p in stack.parameters()}
+    total = sum(size for pointer, size in kept.items() if pointer not in own)
+    output.sum().backward()
+    return total

@@ -1,0 +1,307 @@
+"""What the studies share: settings, a training loop, tables and pictures of results, the page."""
+
+import importlib.metadata
+import inspect
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captioner.config import WandbConfig
+from captioner.files import atomic_write, write_json
+from captioner.progress import say
+from captioner.recurrent import RecurrentStack
+from captioner.report import save_figure
+from captioner.tracking import Tracker
+
+HERE = Path(__file__).parent
+FINDINGS = HERE / "findings"  # what was seen, a paragraph a study, written by hand
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the studies are run.
+
+    Attributes:
+        output: Folder of the page; results and pictures go into ``results`` below it.
+        quick: A trial of every part in seconds, whose numbers mean nothing.
+        data: Folder of Flickr8k; "" is the one that ``captioning.toml`` names.
+        weights: Weights of the CNN; "" are those that ``captioning.toml`` names.
+        wandb: Mode of Weights & Biases.
+    """
+
+    output: Path
+    quick: bool = False
+    data: str = ""
+    weights: str = ""
+    wandb: str = "offline"
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of each run."""
+        return range(1 if self.quick else 3)
+
+    def pick(self, full: Any, quick: Any) -> Any:
+        """Return the one of two sizes that is meant."""
+        return quick if self.quick else full
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a study measured.
+
+    Attributes:
+        records: One for each run and seed.
+        keys: The fields that say what was run; a row of the table for each combination.
+        values: The fields that were measured, shown as mean and standard deviation over seeds.
+        figure: A matplotlib figure.
+    """
+
+    records: list[Record]
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+    figure: Any
+
+
+Study = Callable[[Setting], Result]
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+class LastStep(nn.Module):
+    """Reads a sequence, answers at its end (many-to-one).
+
+    Args:
+        outputs: How many numbers.
+        stack: What reads; it returns its last h alone.
+    """
+
+    def __init__(self, outputs: int, stack: RecurrentStack) -> None:
+        super().__init__()
+        self.stack, self.output = stack, nn.Linear(stack.fused.hidden_size, outputs)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None, bptt_window: int = 0) -> Tensor:
+        """Read (rows, T, D), answer (rows, outputs)."""
+        return self.output(self.stack(x, None, lengths, bptt_window))
+
+
+@dataclass
+class History:
+    """Loss and norm of the gradient (before it is clipped) at each step of a training."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended in a number that is none."""
+        return not (math.isfinite(self.losses[-1]) and math.isfinite(self.norms[-1]))
+
+
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[int], Tensor],
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    clip: float = 1.0,
+    clip_value: float = 0.0,
+    done: Callable[[History], bool] | None = None,
+) -> History:
+    """Train until the steps are over, the loss isn't finite, or ``done`` says so.
+
+    Args:
+        model: What is trained.
+        loss_of: Returns the loss of a step's batch.
+        steps: At most.
+        optimizer: Of the model's parameters.
+        clip: Largest norm of the gradient; 0 doesn't clip.
+        clip_value: Largest size of each number in it; 0 doesn't clip.
+        done: Asked after each step.
+    """
+    history = History()
+    model.train()
+    for step in range(steps):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+        history.losses.append(float(loss))
+        history.norms.append(float(norm))
+        if history.diverged or (done and done(history)):
+            break
+        if clip_value:
+            nn.utils.clip_grad_value_(model.parameters(), clip_value)
+        optimizer.step()
+    model.eval()
+    return history
+
+
+# --- tables and pictures ------------------------------------------------------------------------
+
+
+def groups(records: Iterable[Record], keys: Sequence[str]) -> dict[tuple, list[Record]]:
+    """Bring together the records that agree in these fields, in the order in which they came."""
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return found
+
+
+def mean(records: Sequence[Record], name: str) -> float:
+    """Return the mean of a field over the records that have it; NaN if none has."""
+    values = [record[name] for record in records if record.get(name) is not None]
+    return statistics.fmean(values) if values else math.nan
+
+
+def table(result: Result) -> str:
+    """Return the result as a Markdown table: mean, and ± standard deviation over seeds."""
+    rows = [[*(name.replace("_", " ") for name in (*result.keys, *result.values)), "runs"]]
+    rows.append(["---"] * len(rows[0]))
+    for key, records in groups(result.records, result.keys).items():
+        cells = [_cell([record.get(name) for record in records]) for name in result.values]
+        rows.append([*(f"{part:g}" if isinstance(part, float) else str(part) for part in key)])
+        rows[-1] += [*cells, str(len(records))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _cell(values: Sequence[Any]) -> str:
+    found = [float(value) for value in values if value is not None]
+    if not found:
+        return "-"
+    text = _number(statistics.fmean(found))
+    if len(found) > 1 and max(found) > min(found):
+        text += f" ± {_number(statistics.stdev(found))}"
+    return text
+
+
+def _number(value: float) -> str:
+    if value == int(value) and abs(value) < 1e9:
+        return f"{int(value):,}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def draw_lines(
+    axes: Any, records: Sequence[Record], x: str, y: str, by: Sequence[str], **style: Any
+) -> None:
+    """Draw y over x, a line for each group: the mean over seeds in a band of the extremes."""
+    for key, of_group in groups(records, by).items():
+        points = sorted(groups(of_group, (x,)).items())
+        known = [(p[0], [r[y] for r in of_x if r.get(y) is not None]) for p, of_x in points]
+        known = [(place, values) for place, values in known if values]
+        places = [place for place, _ in known]
+        (line,) = axes.plot(
+            places,
+            [statistics.fmean(values) for _, values in known],
+            label=", ".join(map(str, key)),
+            **style,
+        )
+        low, high = ([f(values) for _, values in known] for f in (min, max))
+        axes.fill_between(places, low, high, alpha=0.15, color=line.get_color())
+    axes.set_xlabel(x.replace("_", " "))
+    axes.set_ylabel(y.replace("_", " "))
+    axes.legend(fontsize="x-small")
+
+
+def draw_bars(axes: Any, records: Sequence[Record], by: str, y: str) -> None:
+    """Draw the mean of y for each group as a bar, and a dot for each seed."""
+    for place, ((name,), of_group) in enumerate(groups(records, (by,)).items()):
+        values = [record[y] for record in of_group if record.get(y) is not None]
+        axes.barh(place, mean(of_group, y), color="C0" if place else "0.6", alpha=0.6)
+        axes.plot(values, [place] * len(values), "k.", markersize=4)
+        axes.text(0.01, place, f" {name}", va="center", transform=axes.get_yaxis_transform())
+    axes.set_yticks([])
+    axes.invert_yaxis()
+    axes.set_xlabel(y.replace("_", " "))
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def run(name: str, study: Study, setting: Setting) -> None:
+    """Run a study; write its numbers and its picture, and log them to Weights & Biases."""
+    say(f"{name}{' (quick)' if setting.quick else ''}")
+    folder = setting.output / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = WandbConfig(
+        mode=setting.wandb,  # type: ignore[arg-type]
+        project="captioner-recurrence",
+        name=name,
+        tags=("quick",) if setting.quick else (),
+    )
+    tracker = Tracker(config, {"study": name, "quick": setting.quick}, setting.output)
+    failed = True
+    try:
+        started = time.monotonic()
+        result = study(setting)
+        seconds = time.monotonic() - started
+        write_json(
+            folder / f"{name}.json",
+            {
+                "quick": setting.quick,
+                "seconds": round(seconds, 1),
+                "machine": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "torch": importlib.metadata.version("torch"),
+                "keys": result.keys,
+                "values": result.values,
+                "records": result.records,
+                "table": table(result),
+            },
+        )
+        save_figure(folder / f"{name}.png", result.figure)
+        for step, record in enumerate(result.records):
+            numbers = {k: v for k, v in record.items() if not isinstance(v, (list, dict))}
+            tracker.log(step, {f"{name}/{key}": value for key, value in numbers.items()})
+        tracker.log_images(len(result.records), {name: folder / f"{name}.png"})
+        failed = False
+    finally:
+        tracker.finish(failed)
+    say(f"{table(result)}\n{name}: {seconds:.0f} s")
+
+
+def write_page(studies: Mapping[str, Study], setting: Setting) -> None:
+    """Write README.md in the output folder of all results that are there.
+
+    What a study asks is its docstring; what was seen is ``findings/NAME.md``, so that a page that
+    is written again keeps it.
+    """
+    parts = [inspect.cleandoc(_INTRODUCTION)]
+    for name, study in studies.items():
+        path = setting.output / "results" / f"{name}.json"
+        if not path.exists():
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        title, _, asked = inspect.cleandoc(study.__doc__ or name).partition("\n")
+        parts.append(f"## {title.rstrip('.')}\n\n{asked.strip()}")
+        seen = FINDINGS / f"{name}.md"
+        if seen.exists():
+            parts.append(f"**Seen.** {seen.read_text(encoding='utf-8').strip()}")
+        parts.append(f"![{name}](results/{name}.png)\n\n{content['table']}")
+        trial = "a quick trial, whose numbers mean nothing; " if content["quick"] else ""
+        parts.append(
+            f"`python -m experiments.recurrence {name}`: {trial}{content['seconds']:.0f} s with "
+            f"{content['threads']} threads, torch {content['torch']}."
+        )
+    with atomic_write(setting.output / "README.md") as file:
+        file.write("\n\n".join(parts) + "\n")
+
+
+_INTRODUCTION = """
+    # Recurrence: RNN, GRU and LSTM, what each can and cannot do
+
+    Each study is one command, from the project's folder: `python -m experiments.recurrence NAME`,
+    or `all`; `--quick` tries every part in seconds. They use `RecurrentStack` and the decoders of
+    [captioner](../../captioner/recurrent.py), real captions and photographs of Flickr8k, and
+    generated sequences. Numbers are means ± standard deviations over seeds; bands in the pictures
+    are the extremes, dots single seeds. This page is assembled from `results/` and `findings/`.
+    """
