@@ -91,7 +91,7 @@ class _OneStep(nn.Module):
 
 
 def one_to_one(setting: Setting) -> Result:
-    """One to one: photograph to "is there a dog?"
+    """One to one: is there a dog in this photograph?
 
     From the pooled features of a frozen MobileNetV2; there is a dog where two or more of the five
     captions name one. Nothing here has an order: a recurrence of a single step is a feed-forward
