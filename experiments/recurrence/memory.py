@@ -1,5 +1,6 @@
 """How far back a recurrence can learn: vanishing and exploding gradients, and their remedies."""
 
+import statistics
 from itertools import product
 from typing import Any
 
@@ -19,7 +20,6 @@ from experiments.recurrence.study import (
     draw_lines,
     fit,
     groups,
-    mean,
 )
 
 
@@ -106,7 +106,7 @@ def exploding(setting: Setting) -> Result:
         history = fit(model, loss_of, steps, optimizer, clip, clip_value)
         finite = [norm for norm in history.norms if norm < float("inf")]
         tail = history.losses[-min(50, steps) :]
-        lost = history.diverged or sum(tail) / len(tail) > 10
+        lost = history.diverged or statistics.fmean(tail) > 10
         records.append(
             {
                 "cell": cell,
@@ -115,7 +115,7 @@ def exploding(setting: Setting) -> Result:
                 "seed": seed,
                 "lost": float(lost),
                 "largest_norm": max(finite, default=None),
-                "last_loss": None if lost else sum(tail) / len(tail),
+                "last_loss": None if lost else statistics.fmean(tail),
                 "norms": [norm if norm < float("inf") else None for norm in history.norms],
             }
         )
@@ -179,7 +179,7 @@ def adding(setting: Setting) -> Result:
                 "seed": seed,
                 "solved": float(_solved(history)),
                 "steps": len(history.losses),
-                "error": mean([{"loss": loss} for loss in history.losses[-20:]], "loss"),
+                "error": None if history.diverged else statistics.fmean(history.losses[-20:]),
             }
         )
     figure = new_figure(2, 1, 4.8, 3.4)

@@ -185,6 +185,8 @@ def _cell(values: Sequence[Any]) -> str:
 
 
 def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e9:
         return f"{int(value):,}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
