@@ -1,6 +1,5 @@
 """Captions by each cell, under the same budget."""
 
-import statistics
 from itertools import product
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def captioning(setting: Setting) -> Result:
         folder = setting.output / "runs" / f"{cell}_{seed}"
         _train(setting, cell, seed, folder)
         scores[cell, seed] = found = _score(setting, folder)
-        record = {"cell": cell, "seed": seed}
+        record: Record = {"cell": cell, "seed": seed}
         for metric in METRICS:
             low, high = confidence_interval(found, metric, setting.pick(1000, 50))
             record |= {metric: found.corpus[metric], f"{metric}_low": low, f"{metric}_high": high}
@@ -93,11 +92,10 @@ def _of_log(folder: Path) -> Record:
     """Return what a run's log says: time, loss, and the flow of gradients in the last epoch."""
     lines = read_log(folder / "log.jsonl")
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    measured = [line["end"][0] for line in lines if line["kind"] == FLOW]
-    flow = measured[-1]
+    flow = [line["end"][0] for line in lines if line["kind"] == FLOW][-1]
     return {
         "train_seconds": sum(line["train_seconds"] for line in epochs),
         "loss": epochs[-1]["loss"],
-        "end_to_image": statistics.fmean(one[-1] / one[0] for one in measured[-1:]),
+        "end_to_image": flow[-1] / flow[0],
         "flow": flow,
     }

@@ -224,11 +224,15 @@ class _Unshuffler(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, width, padding_idx=PAD)
         self.key = nn.Linear(width, width)
-        settings = {"return_sequences": True, "return_state": True}
-        self.encoder = (
-            RecurrentStack(encoder, width, width, **settings) if encoder != "bag" else None
+        stack = partial(
+            RecurrentStack,
+            input_size=width,
+            hidden_size=width,
+            return_sequences=True,
+            return_state=True,
         )
-        self.decoder = RecurrentStack(decoder, width, width, **settings) if decoder else None
+        self.encoder = None if encoder == "bag" else stack(encoder)
+        self.decoder = stack(decoder) if decoder else None
         self.bag = nn.Linear(width, width)
         self.position = nn.Embedding(32, width)
         self.states = states_of(decoder) if decoder else 0
