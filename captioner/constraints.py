@@ -162,7 +162,8 @@ class ForcedPhrases:
                     )
             table[number, len(phrase)] = len(phrase)
         self._table = table.to(device)
-        self._numbers = torch.arange(len(phrases), device=self._table.device)
+        self._lengths = torch.tensor([len(phrase) for phrase in phrases], device=device)
+        self._numbers = torch.arange(len(phrases), device=device)
 
     def begin(self, images: int) -> Tensor:
         """Return the states of one hypothesis for each image before its first word, (B, 1, C)."""
@@ -175,12 +176,24 @@ class ForcedPhrases:
         return self._table[self._numbers, states, token_ids.unsqueeze(2)]
 
     def met(self, states: Tensor) -> Tensor:
-        """Return how many of the words have come: (B, K, C) -> (B, K)."""
-        return states.sum(2)
+        """Return how many of the words have come: (B, K, C) -> (B, K).
+
+        They are those of the complete phrases and of the one that has got furthest, not of all
+        that have begun: one word may begin several, but goes on with one of them.
+        """
+        complete = states == self._lengths
+        done = torch.where(complete, states, 0).sum(2)
+        return done + states.masked_fill(complete, 0).amax(2)
 
     def met_after_each(self, states: Tensor) -> Tensor:
         """Return that for every possible next token: (B, K, C) -> (B, K, V)."""
-        return self._table[self._numbers, states].sum(2)
+        done = furthest = torch.zeros((), dtype=torch.long, device=states.device)
+        for number, length in enumerate(self._lengths):
+            after = self._table[number, states[..., number]]  # (B, K, V)
+            complete = after == length
+            done = done + torch.where(complete, after, 0)
+            furthest = torch.maximum(furthest, after.masked_fill(complete, 0))
+        return done + furthest
 
 
 def _phrase(text: str, vocabulary: Vocabulary, field: str) -> Phrase:

@@ -152,7 +152,8 @@ def _fitting(captioner: Captioner, search: SearchConfig) -> int:
     model = captioner.model
     pixels = 3 * model.encoder.preprocessing.image_size**2
     regions, width = model.encoder.grid_shape
-    beams = max(search.beam_size, search.samples)
+    forced = sum(len(model.vocabulary.encode(phrase)) for phrase in search.forced)
+    beams = max(search.beam_size * (1 + forced), search.samples)
     # What a CNN's widest layers hold; scores of all words; what attention makes of the regions.
     each = 200 * pixels + beams * (16 * len(model.vocabulary) + 8 * regions * width)
     most = 256 if captioner.device.type == "cuda" else 64

@@ -381,8 +381,8 @@ def _uniform(seed: int, keys: Tensor, numbers: Tensor, step: int) -> Tensor:
     A function of its arguments alone (SplitMix64's mixer: Steele, Lea and Flood, 2014), so that
     it is the same in any batch and on any device.
     """
-    mixed = torch.full_like(keys, seed).unsqueeze(1)
-    for part in (keys.unsqueeze(1), numbers.unsqueeze(0), step):
+    mixed = torch.zeros_like(keys).unsqueeze(1)
+    for part in (seed, keys.unsqueeze(1), numbers.unsqueeze(0), step):
         mixed = mixed + part + -0x61C8864680B583EB  # 64-bit arithmetic that wraps around
         mixed = (mixed ^ _shifted(mixed, 30)) * -0x40A7B892E31B1A47
         mixed = (mixed ^ _shifted(mixed, 27)) * -0x6B2FB644ECCEEE15
