@@ -62,11 +62,11 @@ class Rules:
         )
         for text, phrase in zip(settings.forced, forced, strict=True):
             rules._refuse_impossible(text, phrase, vocabulary)
-        if sum(map(len, rules.forced)) > settings.max_length:
-            raise ConfigError(
-                f"search.forced: {name_some(settings.forced)} are {sum(map(len, rules.forced))} "
-                f"words, more than search.max_length = {settings.max_length}"
-            )
+            if len(phrase) > settings.max_length:
+                raise ConfigError(
+                    f"search.forced: '{text}' has {len(phrase)} words, more than "
+                    f"search.max_length = {settings.max_length}"
+                )
         return rules
 
     def _refuse_impossible(self, text: str, phrase: Phrase, vocabulary: Vocabulary) -> None:
@@ -87,11 +87,6 @@ class Rules:
                     "search.no_repeat_word or search.no_repeat_ngram"
                 )
 
-    @property
-    def plain(self) -> bool:
-        """Whether no rule looks at the words so far."""
-        return self == Rules(max_length=self.max_length)
-
     def forbid(self, logits: Tensor, token_ids: Tensor) -> None:
         """Set to -inf, in place, what can't follow.
 
@@ -106,15 +101,11 @@ class Rules:
         if self.endings:
             if length == self.max_length - 1:  # nothing but the end can come after the next word
                 logits[..., self.endings] = -torch.inf
-            logits[..., EOS].masked_fill_(self.dangling(token_ids), -torch.inf)
+            if length:
+                endings = torch.tensor(self.endings, device=logits.device)
+                dangling = torch.isin(token_ids[..., -1], endings)
+                logits[..., EOS].masked_fill_(dangling, -torch.inf)
         self._forbid_words(logits, token_ids)
-
-    def dangling(self, token_ids: Tensor) -> Tensor:
-        """Tell which hypotheses end in one of ``endings``: (B, K, t) -> (B, K)."""
-        if not token_ids.shape[2] or not self.endings:
-            return torch.zeros(token_ids.shape[:2], dtype=torch.bool, device=token_ids.device)
-        endings = torch.tensor(self.endings, device=token_ids.device)
-        return torch.isin(token_ids[..., -1], endings)
 
     def _forbid_words(self, logits: Tensor, token_ids: Tensor) -> None:
         length = token_ids.shape[2]

@@ -357,7 +357,7 @@ def test_rules_of_settings():
         ({"forced": ("a red horse",), "forbidden": ("red horse",)}, "ruled out by .*forbidden"),
         ({"forced": ("run run",), "no_repeat_word": True}, "'run run' .*search.no_repeat_word"),
         ({"forced": ("a man a man",), "no_repeat_ngram": 2}, "'a man a man' .*no_repeat_ngram"),
-        ({"forced": ("a man", "dogs run"), "max_length": 3}, "4 words, more than .*max_length = 3"),
+        ({"forced": ("a man",), "max_length": 1}, "2 words, more than .*max_length = 1"),
         ({"forced": ("",)}, "search.forced: a word or phrase was expected, found ''"),
         ({"forbidden": ("man", " . ")}, "search.forbidden: a word or phrase was expected, found"),
     ],
@@ -388,7 +388,7 @@ def test_words_that_cannot_be_are_refused(settings, expected):
         ({"min_length": 21}, "min_length: at most search.max_length = 20 was expected, found 21"),
         ({"samples": 1, "top_p": 1.5}, "top_p: at most 1 was expected, found 1.5"),
         ({"samples": 1, "top_p": 0.0}, "top_p: a number above 0"),
-        ({"samples": 1, "temperature": 0.0}, "temperature: a number above 0"),
+        ({"samples": 1, "temperature": 0.0}, "temperature: at least 0.01"),
         ({"samples": -1}, "samples: at least 0"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram: at least 0"),
     ],
@@ -480,3 +480,9 @@ def test_the_command_samples_by_seed_and_image_alone(checkpoint, drawn, tmp_path
     some = sampled(images[2:5], 0, 2)
     assert some == {image["id"]: first[image["id"]] for image in images[2:5]}
     assert sampled(images, 1, 8) != first
+
+
+def test_one_text_where_a_list_is_meant_is_refused():
+    for name in ("forced", "forbidden"):
+        with pytest.raises(ConfigError, match=f"search.{name}: a list of words and phrases"):
+            SearchConfig(**{name: "dog"})
