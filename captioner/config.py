@@ -262,7 +262,7 @@ class SearchConfig:
         _at_least(self, beam_size=1, max_length=1, length_penalty=0.0, n_best=1, min_length=0)
         _at_least(self, no_repeat_ngram=0, groups=1, diversity=0.0, samples=0, top_k=0, seed=0)
         _positive(self, "top_p")
-        _at_least(self, temperature=0.01)
+        _at_least(self, temperature=1e-6)
         for name in ("forbidden", "forced"):
             if isinstance(getattr(self, name), str):
                 raise _refusal(self, name, "a list of words and phrases")

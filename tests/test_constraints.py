@@ -388,7 +388,7 @@ def test_words_that_cannot_be_are_refused(settings, expected):
         ({"min_length": 21}, "min_length: at most search.max_length = 20 was expected, found 21"),
         ({"samples": 1, "top_p": 1.5}, "top_p: at most 1 was expected, found 1.5"),
         ({"samples": 1, "top_p": 0.0}, "top_p: a number above 0"),
-        ({"samples": 1, "temperature": 0.0}, "temperature: at least 0.01"),
+        ({"samples": 1, "temperature": 0.0}, "temperature: at least 1e-06"),
         ({"samples": -1}, "samples: at least 0"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram: at least 0"),
     ],
