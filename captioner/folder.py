@@ -156,7 +156,7 @@ def _fitting(captioner: Captioner, search: SearchConfig) -> int:
     beams = max(search.beam_size * (1 + forced), search.samples)
     # What a CNN's widest layers hold; scores of all words; what attention makes of the regions.
     each = 200 * pixels + beams * (16 * len(model.vocabulary) + 8 * regions * width)
-    most = 256 if captioner.device.type == "cuda" else 64
+    most = 256 if captioner.device.type == "cuda" else 128
     return max(1, min(most, free_memory(captioner.device) // (4 * each)))
 
 

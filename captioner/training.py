@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from captioner.annotations import ImageId
-from captioner.config import Config, TrainingConfig
+from captioner.config import Config, TrainingConfig, parse
 from captioner.data import (
     Batch,
     CaptionDataset,
@@ -148,10 +148,11 @@ def _load_state(output_dir: Path, config: Config, resume: bool) -> dict[str, Any
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = json.loads(state["config"])
+        # Settings that are newer than the run take their defaults.
+        saved = parse(Config, json.loads(state["config"]), str(path)).to_dict()
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
-    _refuse_changes(saved, json.loads(json.dumps(config.to_dict())), output_dir)
+    _refuse_changes(saved, config.to_dict(), output_dir)
     return state
 
 

@@ -176,7 +176,8 @@ def products_alone(
 ) -> Callable[[], object]:
     """Return what does decoding's matrix products by themselves.
 
-    They are those of the steps that the search took, for the hypotheses that had not ended.
+    They are those for the images themselves and for the steps that the search took, for the
+    hypotheses that had not ended.
     """
     (decoder,) = captioner.decoders
     calls: list[tuple[Any, list[Tensor]]] = []
@@ -184,6 +185,12 @@ def products_alone(
     class Recorded(type(decoder)):  # type: ignore[misc] # the same decoder, watched
         def __init__(self) -> None:
             self.__dict__ = decoder.__dict__
+
+        def start(self, features: Tensor) -> Any:
+            with _Products() as products:
+                result = super().start(features)
+            calls.extend(products.found)
+            return result
 
         def step(self, token_ids: Tensor, state: Any, memory: Any) -> Any:
             live = int((token_ids != PAD).sum())
@@ -214,7 +221,7 @@ def parts_of_captioning(
     """Return milliseconds per image of each part alone, and of the whole."""
     paths = [image.path for image in images]
     preprocessing = captioner.model.encoder.preprocessing
-    batches = in_batches(len(paths), 64)
+    batches = in_batches(len(paths), 128)
     search = captioner.search(beam_size=beam_size)
 
     def read() -> list[Tensor]:
