@@ -282,7 +282,7 @@ def published_search(
     """
     size, ended, scores_of_ended = settings.beam_size, [], []
     cells = decoder.cells
-    features = decoder.feature(features).expand(size, -1, -1)  # (K, N, D)
+    features = decoder.feature(features.float()).expand(size, -1, -1)  # (K, N, D)
     state = torch.tanh(decoder.initial(features.mean(1))).chunk(
         len(cells.layers) * states_of(cells.cell), 1
     )
