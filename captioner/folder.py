@@ -139,7 +139,7 @@ def caption_files(
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    at_once = _smaller(at_once, captioner.device)
+                    at_once = _smaller(len(indices), captioner.device)
                     continue
                 captions |= zip((images[i].image_id for i in indices), found, strict=True)
                 done += len(indices)
