@@ -70,6 +70,8 @@ class Captioner:
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
         models = [models] if isinstance(models, CaptionModel) else list(models)
+        if not models:
+            raise UsageError("a captioner needs a model: an empty list was given")
         self.models = [model.to(self.device).eval() for model in models]
         self.model = self.models[0]
         for other in self.models[1:]:
@@ -169,6 +171,7 @@ class Captioner:
                 hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
                 raise ConfigError(f"no search setting '{name}'{hint}")
         changes = {name: value for name, value in settings.items() if value is not None}
+        changes |= {name: tuple(v) for name, v in changes.items() if isinstance(v, list)}
         return replace(self.model.search, **changes)
 
     def features(self, pixels: Tensor) -> list[Tensor]:

@@ -250,12 +250,12 @@ class SearchConfig:
         forced: Words and phrases that every caption holds; each of their words costs a beam more.
         groups: Diverse beam search: the beam is divided into so many groups, each of which avoids
             the words that those before it took at the same step.
-        diversity: By how much, in log-probability for each group that took the word.
+        diversity: By how much, in log-probability for each hypothesis that took the word.
         samples: Draw so many captions at random instead of searching; 0 searches.
         temperature: Of sampling: below 1 prefers likely words, above 1 levels them.
         top_k: Draw from the so many likeliest words; 0 from all.
         top_p: Draw from the likeliest words that have this probability together; 1 from all.
-        seed: Of sampling. A caption depends on it and on its image alone.
+        seed: Of sampling. A caption depends on it and on its image's name or place alone.
     """
 
     beam_size: int = 5
@@ -280,7 +280,11 @@ class SearchConfig:
         """Refuse impossible values and combinations."""
         _at_least(self, beam_size=1, max_length=1, length_penalty=0.0, n_best=1, min_length=0)
         _at_least(self, no_repeat_ngram=0, groups=1, diversity=0.0, samples=0, top_k=0, seed=0)
-        _positive(self, "temperature", "top_p")
+        _positive(self, "top_p")
+        _at_least(self, temperature=1e-6)
+        for name in ("forbidden", "forced"):
+            if isinstance(getattr(self, name), str):
+                raise _refusal(self, name, "a list of words and phrases")
         if self.top_p > 1:
             raise _refusal(self, "top_p", "at most 1")
         if self.min_length > self.max_length:

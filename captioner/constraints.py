@@ -62,11 +62,11 @@ class Rules:
         )
         for text, phrase in zip(settings.forced, forced, strict=True):
             rules._refuse_impossible(text, phrase, vocabulary)
-        if sum(map(len, rules.forced)) > settings.max_length:
-            raise ConfigError(
-                f"search.forced: {name_some(settings.forced)} are {sum(map(len, rules.forced))} "
-                f"words, more than search.max_length = {settings.max_length}"
-            )
+            if len(phrase) > settings.max_length:
+                raise ConfigError(
+                    f"search.forced: '{text}' has {len(phrase)} words, more than "
+                    f"search.max_length = {settings.max_length}"
+                )
         return rules
 
     def _refuse_impossible(self, text: str, phrase: Phrase, vocabulary: Vocabulary) -> None:
@@ -87,11 +87,6 @@ class Rules:
                     "search.no_repeat_word or search.no_repeat_ngram"
                 )
 
-    @property
-    def plain(self) -> bool:
-        """Whether no rule looks at the words so far."""
-        return self == Rules(max_length=self.max_length)
-
     def forbid(self, logits: Tensor, token_ids: Tensor) -> None:
         """Set to -inf, in place, what can't follow.
 
@@ -106,15 +101,11 @@ class Rules:
         if self.endings:
             if length == self.max_length - 1:  # nothing but the end can come after the next word
                 logits[..., self.endings] = -torch.inf
-            logits[..., EOS].masked_fill_(self.dangling(token_ids), -torch.inf)
+            if length:
+                endings = torch.tensor(self.endings, device=logits.device)
+                dangling = torch.isin(token_ids[..., -1], endings)
+                logits[..., EOS].masked_fill_(dangling, -torch.inf)
         self._forbid_words(logits, token_ids)
-
-    def dangling(self, token_ids: Tensor) -> Tensor:
-        """Tell which hypotheses end in one of ``endings``: (B, K, t) -> (B, K)."""
-        if not token_ids.shape[2] or not self.endings:
-            return torch.zeros(token_ids.shape[:2], dtype=torch.bool, device=token_ids.device)
-        endings = torch.tensor(self.endings, device=token_ids.device)
-        return torch.isin(token_ids[..., -1], endings)
 
     def _forbid_words(self, logits: Tensor, token_ids: Tensor) -> None:
         length = token_ids.shape[2]
@@ -162,7 +153,8 @@ class ForcedPhrases:
                     )
             table[number, len(phrase)] = len(phrase)
         self._table = table.to(device)
-        self._numbers = torch.arange(len(phrases), device=self._table.device)
+        self._lengths = torch.tensor([len(phrase) for phrase in phrases], device=device)
+        self._numbers = torch.arange(len(phrases), device=device)
 
     def begin(self, images: int) -> Tensor:
         """Return the states of one hypothesis for each image before its first word, (B, 1, C)."""
@@ -175,12 +167,24 @@ class ForcedPhrases:
         return self._table[self._numbers, states, token_ids.unsqueeze(2)]
 
     def met(self, states: Tensor) -> Tensor:
-        """Return how many of the words have come: (B, K, C) -> (B, K)."""
-        return states.sum(2)
+        """Return how many of the words have come: (B, K, C) -> (B, K).
+
+        They are those of the complete phrases and of the one that has got furthest, not of all
+        that have begun: one word may begin several, but goes on with one of them.
+        """
+        complete = states == self._lengths
+        done = torch.where(complete, states, 0).sum(2)
+        return done + states.masked_fill(complete, 0).amax(2)
 
     def met_after_each(self, states: Tensor) -> Tensor:
         """Return that for every possible next token: (B, K, C) -> (B, K, V)."""
-        return self._table[self._numbers, states].sum(2)
+        done = furthest = torch.zeros((), dtype=torch.long, device=states.device)
+        for number, length in enumerate(self._lengths):
+            after = self._table[number, states[..., number]]  # (B, K, V)
+            complete = after == length
+            done = done + torch.where(complete, after, 0)
+            furthest = torch.maximum(furthest, after.masked_fill(complete, 0))
+        return done + furthest
 
 
 def _phrase(text: str, vocabulary: Vocabulary, field: str) -> Phrase:

@@ -65,7 +65,8 @@ def free_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that a device, or the machine, has no memory left."""
-    # On the CPU torch raises a plain RuntimeError, which only its text tells apart.
+    # On the CPU torch and oneDNN raise a plain RuntimeError, which only its text tells apart.
+    texts = ("can't allocate memory", "could not create a primitive", "bad_alloc")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )

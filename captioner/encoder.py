@@ -210,13 +210,13 @@ class FastEncoder:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Encode pixels (B, 3, S, S), uint8, from any device: (B, N, D), float32."""
+        """Encode pixels (B, 3, S, S), uint8, from any device: (B, N, D), in the CNN's dtype."""
         # A CPU's caches hold what lies between two layers for a few images, and no more.
         at_once = len(pixels) if self.device.type == "cuda" else 8
         parts = []
         for part in pixels.split(at_once) if len(pixels) else [pixels]:
             x = self._normalise(part.to(self.device, non_blocking=True)).to(self._dtype)
-            parts.append(_regions(self._cnn(x)).float())
+            parts.append(_regions(self._cnn(x)))
         return torch.cat(parts)
 
 

@@ -110,7 +110,7 @@ def cached_features(
                     failures += batch.failures
                     if batch.indices:
                         grid = cnn(batch.pixels)
-                        rows = grid.mean(1, keepdim=True) if pooled else grid
+                        rows = grid.mean(1, keepdim=True, dtype=torch.float32) if pooled else grid
                         store.append([keys[i] for i in batch.indices], _to_float16(rows))
                     bar.update(len(batch.indices) + len(batch.failures))
     report_failures(failures, len(paths), bad_images)
@@ -143,7 +143,7 @@ def _file_key(path: str | Path) -> FileKey | None:
 
 def _to_float16(rows: torch.Tensor) -> np.ndarray:
     largest = torch.finfo(torch.float16).max
-    return rows.clamp(-largest, largest).half().cpu().numpy()
+    return rows.float().clamp(-largest, largest).half().cpu().numpy()
 
 
 class _Store:

@@ -139,7 +139,7 @@ def caption_files(
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    at_once = _smaller(at_once, captioner.device)
+                    at_once = _smaller(len(indices), captioner.device)
                     continue
                 captions |= zip((images[i].image_id for i in indices), found, strict=True)
                 done += len(indices)
@@ -152,10 +152,11 @@ def _fitting(captioner: Captioner, search: SearchConfig) -> int:
     model = captioner.model
     pixels = 3 * model.encoder.preprocessing.image_size**2
     regions, width = model.encoder.grid_shape
-    beams = max(search.beam_size, search.samples)
+    forced = sum(len(model.vocabulary.encode(phrase)) for phrase in search.forced)
+    beams = max(search.beam_size * (1 + forced), search.samples)
     # What a CNN's widest layers hold; scores of all words; what attention makes of the regions.
     each = 200 * pixels + beams * (16 * len(model.vocabulary) + 8 * regions * width)
-    most = 256 if captioner.device.type == "cuda" else 64
+    most = 256 if captioner.device.type == "cuda" else 128
     return max(1, min(most, free_memory(captioner.device) // (4 * each)))
 
 

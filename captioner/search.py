@@ -69,8 +69,8 @@ def decode(
 
     Returns:
         For each image its hypotheses, best first: at least one, at most ``n_best``. In diverse
-        search the best of each group come first. An image for which no caption meets the rules
-        has one without words and with a log-probability of -inf.
+        search the best of each group come first. An image for which no caption that meets the
+        rules was found has one without words and with a log-probability of -inf.
 
     Raises:
         SearchError: The model gives NaN for some image.
@@ -137,7 +137,7 @@ class _Beams:
     ) -> None:
         self.settings, self.rules = settings, rules
         self.images = torch.arange(images, device=device)
-        self.keys = self.images if keys is None else keys.to(device)
+        self.keys = self.images if keys is None else keys.to(device, torch.long)
         self.token_ids = torch.empty((images, 1, 0), dtype=torch.long, device=device)
         self.scores = torch.zeros((images, 1), device=device)
         self.ended = torch.zeros((images, 1), dtype=torch.bool, device=device)
@@ -281,11 +281,12 @@ class _Beams:
     def end_all(self, logits: Tensor) -> None:
         """Let all that are left take EOS: their captions have ``max_length`` words."""
         ends = self.scores + _log_softmax(logits)[..., EOS]
-        broken = self.rules.dangling(self.token_ids)
         if self._phrases:
-            broken |= self._phrases.met(self.forced) < self._phrases.words
-        self.scores = self.scores.masked_fill(broken & ~self.ended, -torch.inf)
-        ending = ~self.ended & (ends != -torch.inf) & ~broken  # NaN is let through, to be found
+            unmet = self._phrases.met(self.forced) < self._phrases.words
+            self.scores, ends = (
+                part.masked_fill(unmet, -torch.inf) for part in (self.scores, ends)
+            )
+        ending = ~self.ended & (ends != -torch.inf)  # NaN is let through, to be found
         self.scores = torch.where(ending, ends, self.scores)
         self.token_ids = torch.nn.functional.pad(self.token_ids, (0, 1), value=PAD)
         self.token_ids[..., -1].masked_fill_(ending, EOS)
@@ -381,8 +382,8 @@ def _uniform(seed: int, keys: Tensor, numbers: Tensor, step: int) -> Tensor:
     A function of its arguments alone (SplitMix64's mixer: Steele, Lea and Flood, 2014), so that
     it is the same in any batch and on any device.
     """
-    mixed = torch.full_like(keys, seed).unsqueeze(1)
-    for part in (keys.unsqueeze(1), numbers.unsqueeze(0), step):
+    mixed = torch.zeros_like(keys).unsqueeze(1)
+    for part in (seed, keys.unsqueeze(1), numbers.unsqueeze(0), step):
         mixed = mixed + part + -0x61C8864680B583EB  # 64-bit arithmetic that wraps around
         mixed = (mixed ^ _shifted(mixed, 30)) * -0x40A7B892E31B1A47
         mixed = (mixed ^ _shifted(mixed, 27)) * -0x6B2FB644ECCEEE15

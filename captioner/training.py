@@ -155,9 +155,7 @@ def _load_state(output_dir: Path, config: Config, resume: bool) -> dict[str, Any
         saved = parse(Config, json.loads(state["config"]), str(path)).to_dict()
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
-    _refuse_changes(
-        json.loads(json.dumps(saved)), json.loads(json.dumps(config.to_dict())), output_dir
-    )
+    _refuse_changes(saved, config.to_dict(), output_dir)
     return state
 
 

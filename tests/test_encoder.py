@@ -502,3 +502,53 @@ def test_the_fingerprint_says_what_decides_the_features(resnet_file):
     other = encoder.fingerprint()
     assert other["weights_sha256"] != first["weights_sha256"]
     assert {**other, "weights_sha256": ""} == {**first, "weights_sha256": ""}
+
+
+# --- for inference ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mobilenet_v2", "resnet18", "squeezenet1_1", "densenet121", "efficientnet_b0"),
+        *("convnext_tiny", "googlenet", "shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5"),
+    ],
+)
+def test_fast_encoder_is_the_same_function(name):
+    """Batch norm folded where it can be, whatever its statistics; the encoder stays as it was."""
+    torch.manual_seed(0)
+    encoder = Encoder(name, Preprocessing("squash", 64)).eval()
+    with torch.no_grad():
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.3)
+    before = encoder.fingerprint()
+    pixels = torch.randint(0, 256, (11, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = encoder(pixels)
+    size = expected.abs().max()
+    found = encoder.for_inference(torch.float32)(pixels)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 1e-4 * size
+    rough = encoder.for_inference(torch.bfloat16)(pixels)
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - expected).abs().mean() < 0.05 * expected.abs().mean() + 1e-3 * size
+    assert encoder.fingerprint() == before
+    with torch.no_grad():
+        assert torch.equal(encoder(pixels), expected)
+
+
+def test_fast_encoder_leaves_fine_tuning_alone():
+    encoder = Encoder("resnet18", Preprocessing("squash", 64))
+    encoder.fine_tune_from("layer4")
+    encoder.train()
+    encoder.for_inference(torch.bfloat16)
+    assert encoder.cnn.layer4.training
+    assert not encoder.cnn.layer3.training
+    assert encoder.cnn.layer4[0].conv1.weight.requires_grad
+    assert encoder.for_inference(torch.float32)(
+        torch.empty(0, 3, 64, 64, dtype=torch.uint8)
+    ).shape == (0, 4, 512)

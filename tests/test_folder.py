@@ -292,7 +292,9 @@ from captioner.folder import _smaller, caption_files, find_images
 images = find_images(sys.argv[2])
 captioner = Captioner.from_pretrained(sys.argv[1], "cpu", "float32")
 search = captioner.search(beam_size=2000)
-caption_files(captioner, images[:1], search, 1, workers=0)  # all libraries are loaded and ready
+# All libraries are loaded and ready, and the CNN has met such batches.
+caption_files(captioner, images, captioner.search(beam_size=1), len(images), workers=0)
+caption_files(captioner, images[:1], search, 1, workers=0)
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -35,18 +35,24 @@ from captioner.recurrent import states_of
 from captioner.training import caption_loss
 from captioner.vocabulary import BOS, EOS, PAD, UNK
 
+TIMES = 3  # the shortest is taken: other work on the machine only adds to it
+
 
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    _synchronise(device)
-    started = time.perf_counter()
-    run()
-    _synchronise(device)
-    return time.perf_counter() - started
+def _seconds(run: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """Return how long something takes: the shortest of so many times."""
+    found = []
+    for _ in range(times):
+        _synchronise(device)
+        started = time.perf_counter()
+        run()
+        _synchronise(device)
+        found.append(time.perf_counter() - started)
+    return min(found)
 
 
 def cnn_alone(captioner: Captioner, paths: Sequence[Path]) -> float:
@@ -143,14 +149,6 @@ def training(
     return tokens / seconds
 
 
-def captioning(captioner: Captioner, images: Sequence[ImageFile], beam_size: int) -> float:
-    """Return seconds per image from files to captions."""
-    search = captioner.search(beam_size=beam_size)
-    return _seconds(lambda: caption_files(captioner, images, search), captioner.device) / len(
-        images
-    )
-
-
 # --- decoding -------------------------------------------------------------------------------------
 
 
@@ -168,15 +166,18 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function.overloadpacket.__name__ in ("mm", "addmm", "bmm"):
+        if function.overloadpacket.__name__ in ("linear", "bmm"):
             self.found.append((function, list(args)))
         return function(*args, **(kwargs or {}))
 
 
-def products_alone(captioner: Captioner, features: Sequence[Tensor], search: SearchConfig) -> float:
-    """Return the seconds that decoding's matrix products take by themselves.
+def products_alone(
+    captioner: Captioner, features: Sequence[Tensor], search: SearchConfig
+) -> Callable[[], object]:
+    """Return what does decoding's matrix products by themselves.
 
-    They are those of the steps that the search took, for the hypotheses that had not ended.
+    They are those for the images themselves and for the steps that the search took, for the
+    hypotheses that had not ended.
     """
     (decoder,) = captioner.decoders
     calls: list[tuple[Any, list[Tensor]]] = []
@@ -185,15 +186,20 @@ def products_alone(captioner: Captioner, features: Sequence[Tensor], search: Sea
         def __init__(self) -> None:
             self.__dict__ = decoder.__dict__
 
+        def start(self, features: Tensor) -> Any:
+            with _Products() as products:
+                result = super().start(features)
+            calls.extend(products.found)
+            return result
+
         def step(self, token_ids: Tensor, state: Any, memory: Any) -> Any:
             live = int((token_ids != PAD).sum())
             with _Products() as products:
                 result = super().step(token_ids, state, memory)
             for function, operands in products.found:
-                if function.overloadpacket.__name__ != "bmm":  # that is a product for each image
-                    at = len(operands) - 2
-                    rows = len(operands[at]) * live // token_ids.numel()
-                    operands[at] = operands[at][:rows]
+                if function.overloadpacket.__name__ == "linear":  # bmm is one for each image
+                    rows = operands[0].flatten(0, -2)
+                    operands[0] = rows[: len(rows) * live // token_ids.numel()]
                 calls.append((function, operands))
             return result
 
@@ -206,7 +212,7 @@ def products_alone(captioner: Captioner, features: Sequence[Tensor], search: Sea
             function(*operands)
 
     run()
-    return _seconds(run, captioner.device)
+    return run
 
 
 def parts_of_captioning(
@@ -215,7 +221,7 @@ def parts_of_captioning(
     """Return milliseconds per image of each part alone, and of the whole."""
     paths = [image.path for image in images]
     preprocessing = captioner.model.encoder.preprocessing
-    batches = in_batches(len(paths), 64)
+    batches = in_batches(len(paths), 128)
     search = captioner.search(beam_size=beam_size)
 
     def read() -> list[Tensor]:
@@ -225,15 +231,18 @@ def parts_of_captioning(
     pixels = read()
     (features,) = zip(*map(captioner.features, pixels), strict=True)
     captioner.hypotheses(features[:1], search)
-    seconds = {
-        "CNN alone": _seconds(lambda: [captioner.features(x) for x in pixels], captioner.device),
-        "reading images alone": _seconds(read, captioner.device),
+    runs: dict[str, Callable[[], object]] = {
+        "CNN alone": lambda: [captioner.features(x) for x in pixels],
+        "reading images alone": read,
         "decoder's matrix products alone": products_alone(captioner, features, search),
-        "decoder alone": _seconds(
-            lambda: [captioner.hypotheses([x], search) for x in features], captioner.device
-        ),
-        "whole": captioning(captioner, images, beam_size) * len(images),
+        "decoder alone": lambda: [captioner.hypotheses([x], search) for x in features],
+        "whole": lambda: caption_files(captioner, images, search),
     }
+    # In turns, so that a slow minute of the machine meets them all.
+    rounds = [
+        {name: _seconds(run, captioner.device) for name, run in runs.items()} for _ in range(5)
+    ]
+    seconds = {name: min(each[name] for each in rounds) for name in runs}
     rates = {name: 1000 * value / len(images) for name, value in seconds.items()}
     together = (
         rates["CNN alone"]
@@ -257,7 +266,8 @@ def decoder_alone(captioner: Captioner, features: Tensor) -> dict[str, float]:
 
             run()
             count = sum(map(len, batches))
-            rates[f"beam {beam_size}, batch {batch_size}"] = count / _seconds(run, captioner.device)
+            name = f"beam {beam_size}, batch {batch_size}"
+            rates[name] = count / _seconds(run, captioner.device, TIMES)
     return rates
 
 
@@ -272,7 +282,7 @@ def published_search(
     """
     size, ended, scores_of_ended = settings.beam_size, [], []
     cells = decoder.cells
-    features = decoder.feature(features).expand(size, -1, -1)  # (K, N, D)
+    features = decoder.feature(features.float()).expand(size, -1, -1)  # (K, N, D)
     state = torch.tanh(decoder.initial(features.mean(1))).chunk(
         len(cells.layers) * states_of(cells.cell), 1
     )
@@ -337,11 +347,11 @@ def against_published(captioner: Captioner, features: Tensor) -> dict[str, float
         found[dtype] = best[: len(some)]
 
     published_search(decoder, some[:1], search)
-    rate = len(some) / _seconds(published, captioner.device)
+    rate = len(some) / _seconds(published, captioner.device, TIMES)
     rates = {"published, float32, captions/s": rate}
     for dtype in steps:
         ours(dtype)
-        own = len(features) / _seconds(partial(ours, dtype), captioner.device)
+        own = len(features) / _seconds(partial(ours, dtype), captioner.device, TIMES)
         name = str(dtype).removeprefix("torch.")
         rates[f"ours, {name}, captions/s"] = own
         rates[f"ours, {name}, times as fast"] = own / rate

@@ -119,7 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoints = [args.checkpoint, *args.ensemble]
     captioner = Captioner.from_pretrained(checkpoints, args.device, args.precision)
     settings = {name: getattr(args, name) for name in attribute_docs(SearchConfig)}
-    settings |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
     search = captioner.search(**settings)
     if search.n_best > 1 and results_format(args.output) != ".jsonl":
         raise UsageError(
