@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from captioner.linear import PackedLinear
+
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 # The state of one layer: h, and for the LSTM also the cell state c.
@@ -173,8 +175,9 @@ class Stepper:
         else:
             numbers = range(recurrence.num_layers)
             layers = [[getattr(recurrence, f"{name}_l{k}") for name in names] for k in numbers]
-        self._layers = [[weight.detach().to(dtype) for weight in layer] for layer in layers]
-        self.input_weight, self.input_bias = self._layers[0][:2]
+        self.input_weight, self.input_bias = (part.detach().to(dtype) for part in layers[0][:2])
+        self._from_below = [PackedLinear(layer[0], layer[1], dtype) for layer in layers[1:]]
+        self._from_hidden = [PackedLinear(layer[2], layer[3], dtype) for layer in layers]
 
     def step(self, from_input: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Take one step.
@@ -188,9 +191,9 @@ class Stepper:
             The new states.
         """
         new: list[Tensor] = []
-        for number, (input_weight, input_bias, weight, bias) in enumerate(self._layers):
+        for number, from_hidden in enumerate(self._from_hidden):
             own = tuple(states[number * self._states : (number + 1) * self._states])
             if number:
-                from_input = nn.functional.linear(new[-self._states], input_weight, input_bias)
-            new += self._step(from_input, nn.functional.linear(own[0], weight, bias), own)
+                from_input = self._from_below[number - 1](new[-self._states])
+            new += self._step(from_input, from_hidden(own[0]), own)
         return tuple(new)
