@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from captioner.config import SearchConfig
-from captioner.device import choose_device, choose_precision
+from captioner.device import choose_device, choose_precision, keep_freed_memory
 from captioner.errors import CheckpointError, ConfigError, ImageError, UsageError, did_you_mean
 from captioner.images import to_rgb
 from captioner.model import CaptionModel, decode, load_checkpoint
@@ -67,6 +67,7 @@ class Captioner:
         device: str = "auto",
         precision: str = "auto",
     ) -> None:
+        keep_freed_memory()
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
         models = [models] if isinstance(models, CaptionModel) else list(models)

@@ -9,6 +9,7 @@ Captions and beams lie in the same place, (B, K), so that what belongs to the im
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from captioner.config import DecoderConfig
+from captioner.linear import PackedLinear, round_rows
 from captioner.recurrent import (
     RecurrentStack,
     StepCells,
@@ -211,25 +213,30 @@ class ShowAndTell(Decoder):
 class _ShowAndTellSteps(Steps):
     def __init__(self, decoder: ShowAndTell, dtype: torch.dtype) -> None:
         config = decoder.config
-        self._image = _weights(decoder.image, dtype)
-        self._output = _weights(decoder.output, dtype)
+        self._image = PackedLinear.of(decoder.image, dtype)
+        self._output = PackedLinear.of(decoder.output, dtype)
         self._cells = Stepper(decoder.recurrence, dtype)
+        self._from_image = PackedLinear(self._cells.input_weight, self._cells.input_bias, dtype)
         self._from_word = _of_each_word(decoder, self._cells)
         self._per_layer = states_of(config.cell)
         self._state = (config.layers * self._per_layer, config.hidden_size)
 
     def start(self, features: Tensor) -> tuple[Memory, State]:
         """See ``Steps.start``: one step on the image; what it would say is not used."""
-        pooled = features.mean(1, keepdim=True).to(self._output[0].dtype)
-        image = linear(pooled, *self._image)  # (B, 1, E)
-        from_image = linear(image, self._cells.input_weight, self._cells.input_bias)
+        pooled = features.mean(1, keepdim=True).to(self._output.dtype)
+        image = self._image(pooled)  # (B, 1, E)
+        from_image = self._from_image(image)
         zeros = image.new_zeros((len(image), 1, *self._state)).unbind(2)
         return (), self._cells.step(from_image, zeros)
 
     def step(self, token_ids: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
         """See ``Steps.step``."""
+        logits, *new = _of_live(self._recur, token_ids, state)
+        return logits, tuple(new)
+
+    def _recur(self, token_ids: Tensor, *state: Tensor) -> State:
         state = self._cells.step(embedding(token_ids, self._from_word), state)
-        return linear(state[-self._per_layer], *self._output), state
+        return self._output(state[-self._per_layer]), *state
 
 
 class ShowAttendTell(Decoder):
@@ -369,45 +376,50 @@ class _ShowAttendTellSteps(Steps):
         config = decoder.config
         self._dtype, self._hidden = dtype, config.hidden_size
         feature = decoder.feature
-        self._feature = _weights(feature, dtype) if isinstance(feature, nn.Linear) else None
-        self._initial, self._key = _weights(decoder.initial, dtype), _weights(decoder.key, dtype)
+        self._feature = PackedLinear.of(feature, dtype) if isinstance(feature, nn.Linear) else None
+        self._initial = PackedLinear.of(decoder.initial, dtype)
+        self._key = PackedLinear.of(decoder.key, dtype)
         # All that is made of the last h, in one product.
-        query, (gate, gate_bias) = decoder.query.weight.detach(), _weights(decoder.gate, dtype)
-        self._looking = torch.cat([query.to(dtype), gate])
-        self._looking_bias = torch.cat([gate_bias.new_zeros(len(query)), gate_bias])
-        self._widths = [len(query), len(gate)]
+        query, gate = decoder.query.weight, decoder.gate
+        bias = torch.cat([gate.bias.new_zeros(len(query)), gate.bias])
+        self._looking = PackedLinear(torch.cat([query, gate.weight]), bias, dtype)
+        self._widths = [len(query), len(gate.weight)]
         self._score = -2 * decoder.score.weight.detach().to(dtype)
         self._cells = Stepper(decoder.cells, dtype)
         self._per_layer = states_of(config.cell)
         self._from_word = _of_each_word(decoder, self._cells)
-        self._from_context = self._cells.input_weight[:, config.embedding_size :].contiguous()
-        hidden_output, bias = _weights(decoder.hidden_output, dtype)
-        context_output = decoder.context_output.weight.detach().to(dtype)
-        self._mixing = torch.cat([hidden_output, context_output], 1)
-        self._words = decoder.embedding.weight.detach().to(dtype) + bias
-        self._output = _weights(decoder.output, dtype)
+        self._from_context = PackedLinear(
+            self._cells.input_weight[:, config.embedding_size :].contiguous(), None, dtype
+        )
+        seen = [decoder.hidden_output.weight, decoder.context_output.weight]
+        self._mixing = PackedLinear(torch.cat(seen, 1), None, dtype)
+        self._words = (decoder.embedding.weight + decoder.hidden_output.bias).detach().to(dtype)
+        self._output = PackedLinear.of(decoder.output, dtype)
 
     def start(self, features: Tensor) -> tuple[Memory, State]:
-        """See ``Steps.start``: memory is features, keys, and the keys' powers if they fit."""
+        """See ``Steps.start``: memory is features, the keys' powers, and keys if those are far."""
         features = features.to(self._dtype)
         if self._feature:
-            features = linear(features, *self._feature)
-        initial = torch.tanh(linear(features.mean(1), *self._initial))  # (B, S * L * H)
+            features = self._feature(features)
+        initial = torch.tanh(self._initial(features.mean(1)))  # (B, S * L * H)
         state = initial.view(len(features), 1, -1, self._hidden)
-        keys = linear(features, *self._key)
-        memory = (
-            (features, keys) if bool((keys.abs() > FAR).any()) else (features, keys, _power(keys))
-        )
+        keys = self._key(features)
+        powers = _power(keys)
+        memory = (features, powers, keys) if (keys.abs() > FAR).any() else (features, powers)
         return memory, tuple(state.unbind(2))
 
     def step(self, token_ids: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
         """See ``Steps.step``."""
         context = self._context(state[-self._per_layer], memory)
-        from_input = embedding(token_ids, self._from_word) + linear(context, self._from_context)
+        logits, *new = _of_live(self._recur, token_ids, (context, *state))
+        return logits, tuple(new)
+
+    def _recur(self, token_ids: Tensor, context: Tensor, *state: Tensor) -> State:
+        from_input = embedding(token_ids, self._from_word) + self._from_context(context)
         state = self._cells.step(from_input, state)
         seen = torch.cat([state[-self._per_layer], context], -1)
-        mixed = embedding(token_ids, self._words) + linear(seen, self._mixing)
-        return linear(mixed, *self._output), state
+        mixed = embedding(token_ids, self._words) + self._mixing(seen)
+        return self._output(mixed), *state
 
     def _context(self, hidden: Tensor, memory: Memory) -> Tensor:
         """Return ``ShowAttendTell.attend``'s context, by powers of e in place of each tanh.
@@ -415,19 +427,38 @@ class _ShowAttendTellSteps(Steps):
         tanh(k + q) = 1 - 2 / (1 + e^2k e^2q), where the 1 adds the same to all scores and the
         softmax takes it out again. e^2k is computed once per image.
         """
-        features, keys, *powers = memory
-        looking = linear(hidden, self._looking, self._looking_bias)
+        features, powers, *keys = memory
+        looking = self._looking(hidden)
         query, gate = looking.split(self._widths, -1)
-        if powers:
-            power, one = _power(query).unsqueeze(2), keys.new_ones(())
-            parts = torch.addcmul(one, powers[0].unsqueeze(1), power).reciprocal_()
+        if keys:
+            scores = self._in_parts(self._scores, keys[0], query)
         else:
-            parts = torch.tanh(keys.unsqueeze(1) + query.unsqueeze(2)).mul_(-0.5)
-        scores = linear(parts, self._score).squeeze(-1)
+            scores = self._in_parts(self._scores_of_powers, powers, _power(query))
         precise = torch.promote_types(scores.dtype, torch.float32)
         weights = torch.softmax(scores, -1, dtype=precise)
         return torch.sigmoid(gate) * torch.bmm(weights.to(features.dtype), features)
 
+    def _scores_of_powers(self, keys: Tensor, query: Tensor) -> Tensor:
+        parts = torch.addcmul(keys.new_ones(()), keys.unsqueeze(1), query.unsqueeze(2))
+        return linear(parts.reciprocal_(), self._score).squeeze(-1)
+
+    def _scores(self, keys: Tensor, query: Tensor) -> Tensor:
+        parts = torch.tanh(keys.unsqueeze(1) + query.unsqueeze(2)).mul_(-0.5)
+        return linear(parts, self._score).squeeze(-1)
+
+    def _in_parts(
+        self, scores: Callable[[Tensor, Tensor], Tensor], keys: Tensor, query: Tensor
+    ) -> Tensor:
+        """Score (B, N, A) for (B, K, A), on a CPU so many images at a time as its caches hold."""
+        if keys.device.type != "cpu":
+            return scores(keys, query)
+        at_once = max(1, IN_CACHE // (keys[0].numel() * query.shape[1]))
+        parts = zip(keys.split(at_once), query.split(at_once), strict=True)
+        return torch.cat([scores(*part) for part in parts])
+
+
+# So many of attention's numbers, of all pairs of a region and a hypothesis, are made at a time.
+IN_CACHE = 1 << 20
 
 # Where keys are nearer to 0 than this, a query beyond 43 makes tanh(k + q) 1 in any precision, and
 # can be taken for 43, so that e^2q doesn't overflow.
@@ -438,8 +469,35 @@ def _power(x: Tensor) -> Tensor:
     return (2 * x.clamp(-43, 43)).exp()
 
 
-def _weights(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
+def _of_live(
+    recur: Callable[..., State], token_ids: Tensor, inputs: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Take the part of a step that each hypothesis takes for itself, for those that go on.
+
+    On a GPU it is taken for all: to count them would be to wait for it.
+
+    Args:
+        recur: Takes tokens (R,) and inputs (R, …), and returns tensors of (R, …).
+        token_ids: The last tokens, (B, K): PAD where a hypothesis has ended.
+        inputs: Of (B, K, …).
+
+    Returns:
+        What it returns, as (B, K, …); of no meaning where a hypothesis has ended.
+    """
+    rows = [part.flatten(0, 1) for part in (token_ids, *inputs)]
+    ended = rows[0] == PAD
+    count = len(ended)
+    if token_ids.device.type == "cpu":  # where some that have ended fill up the number of rows
+        count = min(count, round_rows(count - int(ended.sum())))
+    if count == len(ended):
+        new = recur(*rows)
+    else:
+        going = torch.argsort(ended, stable=True)[:count]
+        found = recur(*(part.index_select(0, going) for part in rows))
+        new = tuple(
+            part.new_zeros(len(ended), part.shape[1]).index_copy_(0, going, part) for part in found
+        )
+    return [part.unflatten(0, token_ids.shape) for part in new]
 
 
 def _of_each_word(decoder: Decoder, cells: Stepper) -> Tensor:

@@ -1,7 +1,9 @@
 """Where to compute and in which precision."""
 
 import contextlib
+import ctypes
 import os
+import sys
 
 import torch
 
@@ -34,10 +36,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of "bfloat16" or "float32"; "auto" is bfloat16 where it is native."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-    return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+    return torch.bfloat16 if computes_bfloat16(device) else torch.float32
 
 
-def _computes_bfloat16(device: torch.device) -> bool:
+def computes_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device has instructions for bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -51,6 +54,25 @@ def autocast(device: torch.device, precision: torch.dtype) -> contextlib.Abstrac
     if precision == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=precision)
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory of freed tensors for the next ones, as on a GPU.
+
+    glibc gives large blocks back to the system, which hands them out again in pages of 4 KiB, each
+    at the price of an interrupt: a tensor of 16 MB costs more to receive than to fill. Where the
+    C library is another one nothing is changed, and neither where a process may not grow at will
+    (``ulimit -v``): what is kept in one size can't be had in another.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import resource  # not on Windows
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 32 << 20)  # the most that glibc accepts
 
 
 def free_memory(device: torch.device) -> int:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from captioner.linear import PackedLinear
+
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 # How the recurrent weights of each gate, (H, H), begin.
@@ -465,8 +467,9 @@ class Stepper:
     def __init__(self, recurrence: RecurrentStack | StepCells, dtype: torch.dtype) -> None:
         self._step, self._states = STEPS[recurrence.cell], states_of(recurrence.cell)
         layers = layers_of(recurrence if isinstance(recurrence, StepCells) else recurrence.fused)
-        self._layers = [[weight.detach().to(dtype) for weight in layer] for layer in layers]
-        self.input_weight, self.input_bias = self._layers[0][:2]
+        self.input_weight, self.input_bias = (part.detach().to(dtype) for part in layers[0][:2])
+        self._from_below = [PackedLinear(layer[0], layer[1], dtype) for layer in layers[1:]]
+        self._from_hidden = [PackedLinear(layer[2], layer[3], dtype) for layer in layers]
 
     def step(self, from_input: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Take one step.
@@ -480,9 +483,9 @@ class Stepper:
             The new states.
         """
         new: list[Tensor] = []
-        for number, (input_weight, input_bias, weight, bias) in enumerate(self._layers):
+        for number, from_hidden in enumerate(self._from_hidden):
             own = tuple(states[number * self._states : (number + 1) * self._states])
             if number:
-                from_input = linear(new[-self._states], input_weight, input_bias)
-            new += self._step(from_input, linear(own[0], weight, bias), own, None)
+                from_input = self._from_below[number - 1](new[-self._states])
+            new += self._step(from_input, from_hidden(own[0]), own, None)
         return tuple(new)

@@ -38,7 +38,12 @@ from captioner.data import (
     refuse_overlap,
 )
 from captioner.decoder import TeacherForced
-from captioner.device import autocast, choose_device, choose_precision
+from captioner.device import (
+    autocast,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+)
 from captioner.encoder import make_encoder
 from captioner.errors import CheckpointError, ConfigError, TrainingError, UsageError
 from captioner.features import Features, cached_features, default_cache_dir, report_failures
@@ -87,6 +92,7 @@ def train(config: Config, output_dir: str | Path, resume: bool = False) -> dict[
     """
     output_dir = Path(output_dir)
     state = _load_state(output_dir, config, resume)
+    keep_freed_memory()
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device)
     torch.manual_seed(config.training.seed)

@@ -35,6 +35,7 @@ from captioner.recurrent import states_of
 from captioner.training import caption_loss
 from captioner.vocabulary import BOS, EOS, PAD, UNK
 
+ROUNDS = 9  # of all parts of captioning
 TIMES = 3  # the shortest is taken: other work on the machine only adds to it
 
 
@@ -156,17 +157,17 @@ class _Products(TorchDispatchMode):
     """Records the matrix products of one call of a step function.
 
     Attributes:
-        found: (operation, its tensors).
+        found: (operation, what it was given).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[Any, list[Tensor]]] = []
+        self.found: list[tuple[Any, list[Any]]] = []
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function.overloadpacket.__name__ in ("linear", "bmm"):
+        if function.overloadpacket.__name__ in ("linear", "_linear_pointwise", "bmm"):
             self.found.append((function, list(args)))
         return function(*args, **(kwargs or {}))
 
@@ -180,7 +181,7 @@ def products_alone(
     hypotheses that had not ended.
     """
     (decoder,) = captioner.decoders
-    calls: list[tuple[Any, list[Tensor]]] = []
+    calls: list[tuple[Any, list[Any]]] = []
 
     class Recorded(type(decoder)):  # type: ignore[misc] # the same decoder, watched
         def __init__(self) -> None:
@@ -197,9 +198,10 @@ def products_alone(
             with _Products() as products:
                 result = super().step(token_ids, state, memory)
             for function, operands in products.found:
-                if function.overloadpacket.__name__ == "linear":  # bmm is one for each image
+                if function.overloadpacket.__name__ != "bmm":  # that is one for each image
                     rows = operands[0].flatten(0, -2)
-                    operands[0] = rows[: len(rows) * live // token_ids.numel()]
+                    if len(rows) != live:  # those that have ended are among them
+                        operands[0] = rows[: len(rows) * live // token_ids.numel()]
                 calls.append((function, operands))
             return result
 
@@ -238,18 +240,22 @@ def parts_of_captioning(
         "decoder alone": lambda: [captioner.hypotheses([x], search) for x in features],
         "whole": lambda: caption_files(captioner, images, search),
     }
-    # In turns, so that a slow minute of the machine meets them all.
+    # In turns, so that a slow minute of the machine meets them all; and the ratio is that of a
+    # turn, since the shortest of all turns would favour what is short.
     rounds = [
-        {name: _seconds(run, captioner.device) for name, run in runs.items()} for _ in range(5)
+        {name: 1000 * _seconds(run, captioner.device) / len(images) for name, run in runs.items()}
+        for _ in range(ROUNDS)
     ]
-    seconds = {name: min(each[name] for each in rounds) for name in runs}
-    rates = {name: 1000 * value / len(images) for name, value in seconds.items()}
-    together = (
-        rates["CNN alone"]
-        + rates["reading images alone"]
-        + rates["decoder's matrix products alone"]
-    )
-    return {**rates, "whole / (CNN + reading + products)": rates["whole"] / together}
+    parts = ("CNN alone", "reading images alone", "decoder's matrix products alone")
+    ratios = [each["whole"] / sum(each[part] for part in parts) for each in rounds]
+    rates = {name: statistics.median(each[name] for each in rounds) for name in runs}
+    lower, _, upper = statistics.quantiles(ratios)
+    return {
+        **rates,
+        "whole / (CNN + reading + products)": statistics.median(ratios),
+        "the same, first quartile": lower,
+        "the same, third quartile": upper,
+    }
 
 
 def decoder_alone(captioner: Captioner, features: Tensor) -> dict[str, float]:
@@ -421,16 +427,16 @@ def training_rates(
     return rates
 
 
-def measure(args: argparse.Namespace, checkpoint: Path) -> dict[str, dict[str, float]]:
+def measure(
+    args: argparse.Namespace, checkpoint: Path, datasets: Sequence[tuple[CaptionDataset, str]]
+) -> dict[str, dict[str, float]]:
     """Return what was measured with one checkpoint: tables of numbers by their names."""
     captioner = Captioner.from_pretrained(checkpoint, args.device, args.precision)
     model = captioner.model
     title = f"{model.encoder.name}, {model.decoder.config.kind}"
     tables: dict[str, dict[str, float]] = {}
     first = True
-    for annotations, folder in args.images:
-        dataset = CaptionDataset.load(annotations, folder)
-        dataset = dataset.select(range(min(args.count, len(dataset))))
+    for dataset, folder in datasets:
         say(
             f"{checkpoint}: {title}, {len(dataset)} images of {folder}, {captioner.device}, "
             f"{captioner.precision}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
@@ -492,9 +498,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--output", type=Path, help="write the numbers as JSON too")
     args = parser.parse_args(argv)
+    datasets = []
+    for annotations, folder in args.images:
+        dataset = CaptionDataset.load(annotations, folder)
+        datasets.append((dataset.select(range(min(args.count, len(dataset)))), folder))
     tables: dict[str, dict[str, float]] = {}
     for checkpoint in args.checkpoints:
-        measured = measure(args, checkpoint)
+        measured = measure(args, checkpoint, datasets)
         for title, rows in measured.items():
             print(f"\n{title}")
             for name, value in rows.items():
