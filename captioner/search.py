@@ -347,7 +347,11 @@ class _Beams:
 def _log_softmax(logits: Tensor) -> Tensor:
     """Return log-probabilities in float32, or in float64 if the logits are."""
     precise = torch.promote_types(logits.dtype, torch.float32)
-    return torch.log_softmax(logits, -1, dtype=precise)
+    if logits.dtype == precise or logits.device.type != "cpu":
+        return torch.log_softmax(logits, -1, dtype=precise)
+    scores = logits.to(precise)  # two of this size would leave the caches
+    torch.log_softmax(scores, -1, out=scores)
+    return scores
 
 
 def _choose_best(totals: Tensor, size: int) -> tuple[Tensor, Tensor]:
