@@ -281,7 +281,7 @@ def _save_run(
         {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": sys.argv,
-            "git": _git_state(),
+            "git": git_state(),
             "device": _device_name(device),
             "threads": torch.get_num_threads(),
             "precision": str(precision).removeprefix("torch."),
@@ -297,7 +297,7 @@ def _save_run(
     )
 
 
-def _git_state() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Return commit and uncommitted changes of the code, or None outside a git checkout."""
     here = Path(__file__).parent
     try:

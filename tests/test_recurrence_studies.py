@@ -147,7 +147,8 @@ def check(output: Path, names: list[str]) -> None:
         assert content["quick"]
         assert content["records"]
         assert content["table"] in page
-        assert Image.open(output / "results" / f"{name}.png").width > 300
+        with Image.open(output / "results" / f"{name}.png") as picture:
+            assert picture.width > 300
         assert f"(results/{name}.png)" in page
 
 

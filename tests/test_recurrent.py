@@ -54,6 +54,10 @@ def input_of(dtype: torch.dtype, steps: int = 6):
     return torch.randn(3, steps, 5, dtype=dtype, generator=generator, requires_grad=True)
 
 
+def dot(numbers: list[float], others: list[float]) -> float:
+    return math.fsum(a * b for a, b in zip(numbers, others, strict=True))
+
+
 def gradients(outputs, state, wanted):
     """Return the gradients of a sum that no two numbers share a weight in."""
     parts = [outputs, *state]
@@ -116,11 +120,11 @@ def test_gates_are_those_of_the_equations(cell):
         torch.testing.assert_close(h, (1 - z) * n + z * before)
     if gates:
         name, row = ("forget", 7) if cell == "lstm" else ("update", 7)
-        weights = {n: p[row] for n, p in stack.fused.named_parameters()}
-        by_hand = sum(float(a) * float(b) for a, b in zip(x[1, 3], weights["weight_ih_l0"]))  # noqa: B905
-        by_hand += sum(float(a) * float(b) for a, b in zip(h[1, 2], weights["weight_hh_l0"]))  # noqa: B905
-        by_hand += float(weights["bias_ih_l0"] + weights["bias_hh_l0"])
-        assert float(gates[name][1, 3, 0]) == pytest.approx(1 / (1 + math.exp(-by_hand)), abs=1e-12)
+        weights = {n: p[row].tolist() for n, p in stack.fused.named_parameters()}
+        by_hand = weights["bias_ih_l0"] + weights["bias_hh_l0"]
+        by_hand += dot(x[1, 3].tolist(), weights["weight_ih_l0"])
+        by_hand += dot(h[1, 2].tolist(), weights["weight_hh_l0"])
+        assert gates[name][1, 3, 0].item() == pytest.approx(1 / (1 + math.exp(-by_hand)), abs=1e-12)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -59,8 +59,7 @@ def cost(setting: Setting) -> Result:
         axes.set_xscale("log", base=2)
         if name != "time_of_lstm":
             axes.set_yscale("log")
-    values = ("parameters", "milliseconds", "microseconds_of_a_step", "megabytes")
-    values = (*values, "time_of_lstm", "parameters_of_lstm")
+    values = tuple(name for name in records[0] if name not in ("width", "cell", "seed"))
     return Result(records, ("width", "cell"), values, figure)
 
 

@@ -21,6 +21,7 @@ from captioner.progress import say
 from captioner.recurrent import RecurrentStack
 from captioner.report import save_figure
 from captioner.tracking import Tracker
+from captioner.training import git_state
 
 HERE = Path(__file__).parent
 FINDINGS = HERE / "findings"  # what was seen, a paragraph a study, written by hand
@@ -230,10 +231,32 @@ def draw_bars(axes: Any, records: Sequence[Record], by: str, y: str) -> None:
 
 
 def run(name: str, study: Study, setting: Setting) -> None:
-    """Run a study; write its numbers and its picture, and log them to Weights & Biases."""
+    """Run a study; write its numbers and its picture, and log them to Weights & Biases.
+
+    They are logged when the study is over: the trainings of a study have runs of their own.
+    """
     say(f"{name}{' (quick)' if setting.quick else ''}")
+    started = time.monotonic()
+    result = study(setting)
+    seconds = time.monotonic() - started
     folder = setting.output / "results"
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / f"{name}.json",
+        {
+            "quick": setting.quick,
+            "seconds": round(seconds, 1),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": importlib.metadata.version("torch"),
+            "git": git_state(),
+            "keys": result.keys,
+            "values": result.values,
+            "records": result.records,
+            "table": table(result),
+        },
+    )
+    save_figure(folder / f"{name}.png", result.figure)
     config = WandbConfig(
         mode=setting.wandb,  # type: ignore[arg-type]
         project="captioner-recurrence",
@@ -243,24 +266,6 @@ def run(name: str, study: Study, setting: Setting) -> None:
     tracker = Tracker(config, {"study": name, "quick": setting.quick}, setting.output)
     failed = True
     try:
-        started = time.monotonic()
-        result = study(setting)
-        seconds = time.monotonic() - started
-        write_json(
-            folder / f"{name}.json",
-            {
-                "quick": setting.quick,
-                "seconds": round(seconds, 1),
-                "machine": platform.machine(),
-                "threads": torch.get_num_threads(),
-                "torch": importlib.metadata.version("torch"),
-                "keys": result.keys,
-                "values": result.values,
-                "records": result.records,
-                "table": table(result),
-            },
-        )
-        save_figure(folder / f"{name}.png", result.figure)
         for step, record in enumerate(result.records):
             numbers = {k: v for k, v in record.items() if not isinstance(v, (list, dict))}
             tracker.log(step, {f"{name}/{key}": value for key, value in numbers.items()})
