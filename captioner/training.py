@@ -425,9 +425,10 @@ class _Trainer:
                 self.at.step, self.at.epoch, samples, shown, val_set.captions[: len(samples)]
             )
         self._plot_gradient_flow()
-        self.tracker.keep_checkpoint(
-            self.output_dir / "best", ["best", f"epoch-{self.at.best_epoch}"]
-        )
+        if self.config.wandb.log_checkpoint:
+            self.tracker.keep_checkpoint(
+                self.output_dir / "best", ["best", f"epoch-{self.at.best_epoch}"]
+            )
         return self.at.best_scores
 
     def _out_of_patience(self) -> bool:

@@ -165,14 +165,26 @@ def test_a_run_learns_and_leaves_everything_behind(experiment, tmp_path, capsys)
     assert table["columns"] == ["epoch", "image", "caption", "references"]
     assert len(table["data"]) == 2
     assert "A plain red picture." in table["data"][0][3]
+    models = models_of(wandb_run)
+    assert "best" in models[-1].aliases
+    assert "model.safetensors" in {entry.path for entry in models[-1].manifest.contents}
+
+
+def models_of(wandb_run: Path) -> list:
     kinds = [
         record.artifact
         for record in wandb_files.read_records(wandb_run)
         if record.WhichOneof("record_type") == "artifact"
     ]
-    models = [artifact for artifact in kinds if artifact.type == "model"]
-    assert "best" in models[-1].aliases
-    assert "model.safetensors" in {entry.path for entry in models[-1].manifest.contents}
+    return [artifact for artifact in kinds if artifact.type == "model"]
+
+
+def test_the_checkpoint_stays_at_home_if_asked(experiment, tmp_path):
+    overrides = ["training.epochs=1", "wandb.mode=offline", "wandb.log_checkpoint=false"]
+    train(load_config(experiment, overrides), tmp_path / "run")
+    (wandb_run,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    wandb_files.wait_for_exit(wandb_run)
+    assert not models_of(wandb_run)
 
 
 def test_the_best_checkpoint_is_that_of_the_metric_asked_for(experiment, tmp_path):
