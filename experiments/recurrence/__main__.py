@@ -1,16 +1,24 @@
 """``python -m experiments.recurrence``: run one study or all, and assemble the page."""
 
 import argparse
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from captioner.cli import HelpFormatter, command
+from captioner.errors import CaptionerError
+from captioner.progress import say
 from experiments.recurrence import memory, sequences
 from experiments.recurrence.captioning import captioning
 from experiments.recurrence.cost import cost
 from experiments.recurrence.study import HERE, Setting, Study, run, write_page
 
+# The first of them are of small networks, which one thread serves best: "all" runs as many at a
+# time as there are cores. The last ones want the machine for themselves.
 STUDIES: dict[str, Study] = {
     "one_to_one": sequences.one_to_one,
     "many_to_one": sequences.many_to_one,
@@ -24,6 +32,7 @@ STUDIES: dict[str, Study] = {
     "cost": cost,
     "captioning": captioning,
 }
+ALONE = ("cost", "captioning")
 
 
 @command
@@ -49,14 +58,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     output = args.output or (Path("runs/recurrence") if args.quick else HERE)
     setting = Setting(output, args.quick, args.data, args.weights, args.wandb)
-    names = {"all": list(STUDIES), "page": []}.get(args.study, [args.study])
-    for name in names:
-        run(name, STUDIES[name], setting)
-        write_page(STUDIES, setting)
-    if not names:
-        write_page(STUDIES, setting)
+    if args.study == "all":
+        _run_all(sys.argv[1:] if argv is None else argv)
+    elif args.study != "page":
+        run(args.study, STUDIES[args.study], setting)
+    write_page(STUDIES, setting)
     print(f"page: {output / 'README.md'}")
     return 0
+
+
+def _run_all(argv: Sequence[str]) -> None:
+    """Run each study in a process of its own."""
+
+    def run_one(name: str) -> int:
+        words = [name if word == "all" else word for word in argv]
+        threads = {} if name in ALONE else {"OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-m", "experiments.recurrence", *words]
+        return subprocess.run(line, env=os.environ | threads, check=False).returncode
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as processes:
+        codes = list(processes.map(run_one, [name for name in STUDIES if name not in ALONE]))
+    codes += [run_one(name) for name in ALONE]
+    failed = [name for name, code in zip(STUDIES, codes, strict=True) if code]
+    if failed:
+        raise CaptionerError(f"these studies failed, as said above: {', '.join(failed)}")
+    say(f"all studies: {(time.monotonic() - started) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -136,8 +136,8 @@ def fit(
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-        history.losses.append(float(loss))
-        history.norms.append(float(norm))
+        history.losses.append(loss.item())
+        history.norms.append(norm.item())
         if history.diverged or (done and done(history)):
             break
         if clip_value:
