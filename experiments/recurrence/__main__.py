@@ -5,32 +5,84 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from captioner.cli import HelpFormatter, command
 from captioner.errors import CaptionerError
 from captioner.progress import say
 from experiments.recurrence import memory, sequences
-from experiments.recurrence.captioning import captioning
-from experiments.recurrence.cost import cost
-from experiments.recurrence.study import HERE, Setting, Study, run, write_page
+from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
+from experiments.recurrence.cost import cost, draw_cost
+from experiments.recurrence.study import HERE, Record, Setting, Study, run, write_page
+
+
+def _of_models(measure: Callable[[Setting], list[Record]], **labels: str) -> Study:
+    draw = partial(sequences.draw_models, labels)
+    return Study(measure, draw, ("model",), (*labels, "parameters"))
+
 
 # The first of them are of small networks, which one thread serves best: "all" runs as many at a
 # time as there are cores. The last ones want the machine for themselves.
 STUDIES: dict[str, Study] = {
-    "one_to_one": sequences.one_to_one,
-    "many_to_one": sequences.many_to_one,
-    "unshuffle": sequences.unshuffle,
-    "next_word": sequences.next_word,
-    "time_series": sequences.time_series,
-    "gradient_distance": memory.gradient_distance,
-    "exploding": memory.exploding,
-    "adding": memory.adding,
-    "truncation": memory.truncation,
-    "cost": cost,
-    "captioning": captioning,
+    "one_to_one": _of_models(
+        sequences.one_to_one, accuracy="share of photographs", f1="F1 of dogs"
+    ),
+    "many_to_one": _of_models(sequences.many_to_one, accuracy="share of captions"),
+    "unshuffle": _of_models(
+        sequences.unshuffle,
+        right_place="share of words at their place",
+        whole_captions="share of captions in order",
+    ),
+    "next_word": _of_models(sequences.next_word, perplexity="perplexity, words"),
+    "time_series": _of_models(
+        sequences.time_series, error="root mean squared error / standard deviation"
+    ),
+    "gradient_distance": Study(
+        memory.gradient_distance,
+        memory.draw_gradient_distance,
+        ("cell", "start"),
+        tuple(f"{distance}_back" for distance in memory.DISTANCES),
+    ),
+    "exploding": Study(
+        memory.exploding,
+        memory.draw_exploding,
+        ("cell", "start", "clipping"),
+        ("lost", "largest_norm", "last_loss"),
+    ),
+    "adding": Study(
+        memory.adding, memory.draw_adding, ("remedy", "length"), ("solved", "steps", "error")
+    ),
+    "truncation": Study(
+        memory.truncation, memory.draw_truncation, ("cell", "window", "span"), ("accuracy",)
+    ),
+    "cost": Study(
+        cost,
+        draw_cost,
+        ("width", "cell"),
+        (
+            "parameters",
+            "milliseconds",
+            "microseconds_of_a_step",
+            "megabytes",
+            "time_of_lstm",
+            "parameters_of_lstm",
+        ),
+    ),
+    "captioning": Study(
+        captioning,
+        draw_captioning,
+        ("cell",),
+        (
+            *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")),
+            "p_against_lstm",
+            "train_seconds",
+            "loss",
+            "end_to_image",
+        ),
+    ),
 }
 ALONE = ("cost", "captioning")
 

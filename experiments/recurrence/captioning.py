@@ -1,7 +1,9 @@
 """Captions by each cell, under the same budget."""
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from captioner.files import atomic_write
 from captioner.metrics import Scores, score
@@ -12,12 +14,12 @@ from captioner.results import read_results
 from captioner.tracking import read_log
 from captioner.training import FLOW, train
 from experiments.recurrence.captions import experiment, load_captions
-from experiments.recurrence.study import Record, Result, Setting, draw_bars, groups
+from experiments.recurrence.study import Record, Setting, draw_bars, groups
 
 METRICS = ("BLEU-4", "CIDEr-D")
 
 
-def captioning(setting: Setting) -> Result:
+def captioning(setting: Setting) -> list[Record]:
     """One to many: photograph to caption, by each cell, on Flickr8k.
 
     Show and Tell of 256 units on a frozen MobileNetV2 (`captioning.toml`): the same epochs,
@@ -48,6 +50,11 @@ def captioning(setting: Setting) -> Result:
         chances = [record["p_against_lstm"] for record in of_cell]
         for record in of_cell:
             record["p_against_lstm"] = None if None in chances else max(chances)
+    return records
+
+
+def draw_captioning(records: Sequence[Record]) -> Any:
+    """Draw the scores, and the flow of gradients in the last epoch."""
     figure = new_figure(3, 1, 4.0, 3.0)
     for place, metric in enumerate(METRICS):
         draw_bars(figure.add_subplot(1, 3, place + 1), records, "cell", metric)
@@ -58,9 +65,7 @@ def captioning(setting: Setting) -> Result:
             axes.plot(record["flow"], color=f"C{number}", label=label, linewidth=0.9)
     axes.set(yscale="log", xlabel="steps back from the last word", ylabel="|dL/dh|")
     axes.legend(fontsize="x-small")
-    values = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
-    values += ["p_against_lstm", "train_seconds", "loss", "end_to_image"]
-    return Result(records, ("cell",), tuple(values), figure)
+    return figure
 
 
 def _train(setting: Setting, cell: str, seed: int, folder: Path) -> None:

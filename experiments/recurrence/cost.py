@@ -2,7 +2,9 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +12,10 @@ from torch import Tensor
 from captioner.progress import watched
 from captioner.recurrent import CELLS, RecurrentStack
 from captioner.report import new_figure
-from experiments.recurrence.study import Record, Result, Setting, draw_lines
+from experiments.recurrence.study import Record, Setting, draw_lines
 
 
-def cost(setting: Setting) -> Result:
+def cost(setting: Setting) -> list[Record]:
     """Parameters, time and memory of each cell.
 
     One layer, as wide as its input, 64 sequences of 20 steps, float32: milliseconds of forward
@@ -52,15 +54,24 @@ def cost(setting: Setting) -> Result:
                     "parameters_of_lstm": parameters[cell] / parameters["lstm"],
                 }
             )
+    return records
+
+
+def draw_cost(records: Sequence[Record]) -> Any:
+    """Draw time and memory over the width, a line for each cell."""
     figure = new_figure(3, 1, 3.6, 3.0)
-    for place, name in enumerate(("milliseconds", "time_of_lstm", "megabytes")):
+    labels = {
+        "milliseconds": "forward and backward, ms",
+        "time_of_lstm": "the same, share of the LSTM's",
+        "megabytes": "kept for backward, MB",
+    }
+    for place, (name, label) in enumerate(labels.items()):
         axes = figure.add_subplot(1, 3, place + 1)
         draw_lines(axes, records, "width", name, ("cell",), marker=".")
-        axes.set_xscale("log", base=2)
+        axes.set(ylabel=label, xlabel="width, units")
         if name != "time_of_lstm":
             axes.set_yscale("log")
-    values = tuple(name for name in records[0] if name not in ("width", "cell", "seed"))
-    return Result(records, ("width", "cell"), values, figure)
+    return figure
 
 
 def _seconds_of_training(stack: RecurrentStack, x: Tensor) -> float:

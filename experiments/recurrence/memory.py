@@ -1,6 +1,7 @@
 """How far back a recurrence can learn: vanishing and exploding gradients, and their remedies."""
 
 import statistics
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -15,15 +16,16 @@ from experiments.recurrence.study import (
     History,
     LastStep,
     Record,
-    Result,
     Setting,
     draw_lines,
     fit,
     groups,
 )
 
+DISTANCES = (1, 2, 5, 10, 20, 50, 100, 200)
 
-def gradient_distance(setting: Setting) -> Result:
+
+def gradient_distance(setting: Setting) -> list[Record]:
     """Gradient norm against distance in time, by cell and initialisation.
 
     Networks of 64 units that have learnt nothing yet read random numbers; the loss is on the last
@@ -35,7 +37,7 @@ def gradient_distance(setting: Setting) -> Result:
         (cell, name, 1.0) for cell, name in product(CELLS, INITIALISATIONS) if cell != "lstm"
     ]
     kinds += [("lstm", name, bias) for name in INITIALISATIONS for bias in (0.0, 1.0, 4.0)]
-    distances = [d for d in (0, 1, 2, 5, 10, 20, 50, 100, 200) if d < steps]
+    distances = [d for d in DISTANCES if d < steps]
     combinations = list(product(kinds, setting.pick(range(5), range(1))))
     records: list[Record] = []
     for (cell, name, bias), seed in watched(
@@ -48,9 +50,14 @@ def gradient_distance(setting: Setting) -> Result:
         loss = (seen.outputs[:, -1] * torch.randn(16, 64)).sum()
         norms = gradient_norms(loss, seen.hidden)[0][::-1]
         start = name + (f", forget bias {bias:g}" if cell == "lstm" else "")
-        shares = {f"{d}_back": norms[d] / norms[0] for d in distances[1:]}
+        shares = {f"{d}_back": norms[d] / norms[0] for d in distances}
         kept = [norm / norms[0] for norm in norms]
         records.append({"cell": cell, "start": start, "seed": seed, **shares, "share": kept})
+    return records
+
+
+def draw_gradient_distance(records: Sequence[Record]) -> Any:
+    """Draw a curve for each way to begin, a frame for each cell; geometric means over seeds."""
     figure = new_figure(2, 2, 4.2, 3.0)
     for place, ((cell,), of_cell) in enumerate(groups(records, ("cell",)).items()):
         axes = figure.add_subplot(2, 2, place + 1)
@@ -61,7 +68,7 @@ def gradient_distance(setting: Setting) -> Result:
         axes.set(title=cell, yscale="log", ylim=(1e-12, 1e6), xlabel="steps back")
         axes.set_ylabel("share of |dL/dh|")
         axes.legend(fontsize="xx-small")
-    return Result(records, ("cell", "start"), tuple(f"{d}_back" for d in distances[1:]), figure)
+    return figure
 
 
 def adding_problem(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -79,7 +86,7 @@ def adding_problem(rows: int, length: int, generator: torch.Generator) -> tuple[
     return torch.stack([numbers, marks], 2), (numbers * marks).sum(1, keepdim=True)
 
 
-def exploding(setting: Setting) -> Result:
+def exploding(setting: Setting) -> list[Record]:
     """Exploding gradients, with and without clipping.
 
     The adding problem over 100 steps, plain gradient descent at a rate of 0.01, 300 steps. Without
@@ -119,18 +126,23 @@ def exploding(setting: Setting) -> Result:
                 "norms": [norm if norm < float("inf") else None for norm in history.norms],
             }
         )
-    figure = new_figure(len(starts), 1, 3.6, 3.0)
-    for place, ((cell, start), of_cell) in enumerate(groups(records, ("cell", "start")).items()):
-        axes = figure.add_subplot(1, len(starts), place + 1)
+    return records
+
+
+def draw_exploding(records: Sequence[Record]) -> Any:
+    """Draw the norm of the gradient over the steps, a frame for each cell."""
+    cells, clippings = groups(records, ("cell", "start")), groups(records, ("clipping",))
+    figure = new_figure(len(cells), 1, 3.6, 3.0)
+    for place, ((cell, start), of_cell) in enumerate(cells.items()):
+        axes = figure.add_subplot(1, len(cells), place + 1)
         for record in of_cell:
-            colour = f"C{list(clippings).index(record['clipping'])}"
+            colour = f"C{list(clippings).index((record['clipping'],))}"
             label = record["clipping"] if record["seed"] == 0 else None
             norms = [float("nan") if norm is None else norm for norm in record["norms"]]
             axes.plot(norms, color=colour, label=label, linewidth=0.8)
         axes.set(title=f"{cell}, {start}", yscale="log", xlabel="step", ylabel="gradient norm")
         axes.legend(fontsize="x-small", title="clipping", title_fontsize="x-small")
-    values = ("lost", "largest_norm", "last_loss")
-    return Result(records, ("cell", "start", "clipping"), values, figure)
+    return figure
 
 
 # Cell, how recurrent weights begin, the forget gate's bias.
@@ -146,7 +158,7 @@ REMEDIES: dict[str, tuple[str, str, float]] = {
 SOLVED = 0.02  # mean squared error, over the last 20 batches; always saying 1 has 0.167
 
 
-def adding(setting: Setting) -> Result:
+def adding(setting: Setting) -> list[Record]:
     """The adding problem at 50 to 400 steps: who solves it, with which remedy.
 
     64 units, Adam, gradients clipped to a norm of 1, batches of 32. A run ends when the mean
@@ -183,15 +195,25 @@ def adding(setting: Setting) -> Result:
                 "error": None if history.diverged else statistics.fmean(history.losses[-20:]),
             }
         )
+    return records
+
+
+def draw_adding(records: Sequence[Record]) -> Any:
+    """Draw error and steps over the length, a line for each remedy."""
     figure = new_figure(2, 1, 4.8, 3.4)
-    for place, name in enumerate(("error", "steps")):
+    for place, (name, label) in enumerate(
+        {
+            "error": "mean squared error at the end",
+            "steps": "steps until solved or out of budget",
+        }.items()
+    ):
         axes = figure.add_subplot(1, 2, place + 1)
         draw_lines(axes, records, "length", name, ("remedy",), marker=".")
-        axes.set(xscale="log", yscale="log")
+        axes.set(yscale="log", ylabel=label, xlabel="length, steps")
         if name == "error":
             axes.axhline(SOLVED, color="k", linewidth=0.5)
             axes.axhline(1 / 6, color="k", linewidth=0.5, linestyle=":")
-    return Result(records, ("remedy", "length"), ("solved", "steps", "error"), figure)
+    return figure
 
 
 def _solved(history: History) -> bool:
@@ -215,7 +237,7 @@ def recall_problem(rows: int, span: int, generator: torch.Generator) -> tuple[Te
     return one_hot(torch.cat([first, others], 1), 2 * SYMBOLS).float(), first.squeeze(1)
 
 
-def truncation(setting: Setting) -> Result:
+def truncation(setting: Setting) -> list[Record]:
     """Truncation window against memory span.
 
     A network of 64 units must name the first symbol it read, out of 8, after so many steps of
@@ -249,10 +271,7 @@ def truncation(setting: Setting) -> Result:
             right = float((model(x).argmax(1) == first).float().mean())
         shown = {"cell": cell, "span": span, "window": str(window or "all"), "seed": seed}
         records.append({**shown, "accuracy": right})
-    figure = new_figure(len(cells), 1, 3.6, 3.0)
-    for place, ((cell,), of_cell) in enumerate(groups(records, ("cell",)).items()):
-        _draw_spans(figure.add_subplot(1, len(cells), place + 1), cell, of_cell)
-    return Result(records, ("cell", "window", "span"), ("accuracy",), figure)
+    return records
 
 
 def _recalled(history: History) -> bool:
@@ -260,8 +279,14 @@ def _recalled(history: History) -> bool:
     return len(last) == 20 and sum(last) / 20 < 0.01
 
 
-def _draw_spans(axes: Any, cell: str, records: list[Record]) -> None:
-    draw_lines(axes, records, "span", "accuracy", ("window",), marker=".")
-    axes.axhline(1 / SYMBOLS, color="k", linewidth=0.5, linestyle=":")
-    axes.set(title=cell, xscale="log", ylim=(0, 1.05))
-    axes.legend(fontsize="x-small", title="window", title_fontsize="x-small")
+def draw_truncation(records: Sequence[Record]) -> Any:
+    """Draw accuracy over the span, a line for each window, a frame for each cell."""
+    cells = groups(records, ("cell",))
+    figure = new_figure(len(cells), 1, 3.6, 3.0)
+    for place, ((cell,), of_cell) in enumerate(cells.items()):
+        axes = figure.add_subplot(1, len(cells), place + 1)
+        draw_lines(axes, of_cell, "span", "accuracy", ("window",), marker=".")
+        axes.axhline(1 / SYMBOLS, color="k", linewidth=0.5, linestyle=":")
+        axes.set(title=cell, ylim=(0, 1.05), xlabel="span, steps")
+        axes.legend(fontsize="x-small", title="window, steps", title_fontsize="x-small")
+    return figure

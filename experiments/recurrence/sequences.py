@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from experiments.recurrence.captions import load_captions, pad_rows, pooled_feat
 from experiments.recurrence.study import (
     LastStep,
     Record,
-    Result,
     Setting,
     draw_bars,
     fit,
@@ -90,7 +90,7 @@ class _OneStep(nn.Module):
         return self.read(x.unsqueeze(1))
 
 
-def one_to_one(setting: Setting) -> Result:
+def one_to_one(setting: Setting) -> list[Record]:
     """One to one: is there a dog in this photograph?
 
     From the pooled features of a frozen MobileNetV2; there is a dog where two or more of the five
@@ -121,10 +121,8 @@ def one_to_one(setting: Setting) -> Result:
 
     always = _binary_scores(torch.full_like(y_val, float(y.mean() > 0.5)) > 0, y_val > 0)
     records: list[Record] = [{"model": "the commoner answer", "seed": 0, "parameters": 0, **always}]
-    records += train_each(
-        "one_to_one", setting, models, loss_of, scores_of, setting.pick(200, 5), 1e-3
-    )
-    return Result(records, ("model",), ("accuracy", "f1", "parameters"), _bars(records, "accuracy"))
+    steps = setting.pick(200, 5)
+    return records + train_each("one_to_one", setting, models, loss_of, scores_of, steps, 1e-3)
 
 
 def _has_dog(captions: Sequence[str]) -> float:
@@ -139,10 +137,12 @@ def _binary_scores(said: Tensor, true: Tensor) -> dict[str, float]:
     }
 
 
-def _bars(records: Sequence[Record], *names: str) -> object:
-    figure = new_figure(len(names), 1, 4.2, 3.2)
-    for place, name in enumerate(names):
-        draw_bars(figure.add_subplot(1, len(names), place + 1), records, "model", name)
+def draw_models(labels: Mapping[str, str], records: Sequence[Record]) -> Any:
+    """Draw a bar for each model, a frame for each of the fields that are labelled."""
+    figure = new_figure(len(labels), 1, 4.2, 3.2)
+    for place, (name, label) in enumerate(labels.items()):
+        axes = figure.add_subplot(1, len(labels), place + 1)
+        draw_bars(axes, records, "model", name, label)
     return figure
 
 
@@ -168,7 +168,7 @@ class _Reader(nn.Module):
         return said.squeeze(1)
 
 
-def many_to_one(setting: Setting) -> Result:
+def many_to_one(setting: Setting) -> list[Record]:
     """Many to one: is this caption in its true order, or shuffled?
 
     Each caption is read once as written and once with its words shuffled. A bag of words sees no
@@ -196,9 +196,7 @@ def many_to_one(setting: Setting) -> Result:
         true, false = (model(*pad_rows(rows)) > 0 for rows in (held_out, shuffled))
         return {"accuracy": float(torch.cat([true, ~false]).float().mean())}
 
-    records = train_each("many_to_one", setting, models, loss_of, scores_of, setting.pick(500, 5))
-    figure = _bars(records, "accuracy")
-    return Result(records, ("model",), ("accuracy", "parameters"), figure)
+    return train_each("many_to_one", setting, models, loss_of, scores_of, setting.pick(500, 5))
 
 
 def _shuffle(caption: Sequence[int], random: np.random.Generator) -> list[int]:
@@ -278,7 +276,7 @@ class _Unshuffler(nn.Module):
         return -log_probability[real].mean()
 
     def order(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Return the words in the order in which it names them, greedily: (rows, n)."""
+        """Return the words in the order in which it names them, greedily: (rows, n), then PAD."""
         words = self.embedding(token_ids)
         state, keys = self.start(words, lengths), self.key(words)
         gone = token_ids == PAD
@@ -290,10 +288,11 @@ class _Unshuffler(nn.Module):
             last = token_ids.gather(1, best)
             gone = gone.scatter(1, best, True)
             named.append(last)
-        return torch.cat(named, 1)
+        beyond = torch.arange(len(named)) >= lengths.unsqueeze(1)
+        return torch.cat(named, 1).masked_fill(beyond, PAD)
 
 
-def unshuffle(setting: Setting) -> Result:
+def unshuffle(setting: Setting) -> list[Record]:
     """Many to many: shuffled caption to caption in order.
 
     Captions of 5 to 9 words; an encoder reads them shuffled, a decoder names one word after the
@@ -330,9 +329,8 @@ def unshuffle(setting: Setting) -> Result:
     records: list[Record] = [
         {"model": "as shuffled", "seed": 0, "parameters": 0, **_order_scores(shown, truth)}
     ]
-    records += train_each("unshuffle", setting, models, loss_of, scores_of, setting.pick(800, 5))
-    values = ("right_place", "whole_captions", "parameters")
-    return Result(records, ("model",), values, _bars(records, *values[:2]))
+    steps = setting.pick(800, 5)
+    return records + train_each("unshuffle", setting, models, loss_of, scores_of, steps)
 
 
 def _shuffled_rows(
@@ -381,7 +379,7 @@ class _LanguageModel(nn.Module):
         return cross_entropy(self.output(hidden[real]), targets[real], reduction=reduction)
 
 
-def next_word(setting: Setting) -> Result:
+def next_word(setting: Setting) -> list[Record]:
     """Many to many, in step: the next word after each word, by perplexity.
 
     Language models of the captions, without photographs, two passes over the training captions.
@@ -416,9 +414,7 @@ def next_word(setting: Setting) -> Result:
         for name, perplexity in _counted(captions, held_out, size).items()
     ]
     steps = setting.pick(2 * len(captions) // 64, 5)
-    records += train_each("next_word", setting, models, loss_of, scores_of, steps)
-    figure = _bars(records, "perplexity")
-    return Result(records, ("model",), ("perplexity", "parameters"), figure)
+    return records + train_each("next_word", setting, models, loss_of, scores_of, steps)
 
 
 def _counted(
@@ -460,7 +456,7 @@ def mackey_glass(length: int, seed: int, delay: int = 17) -> np.ndarray:
     return x[delay * fine :: fine][300:]
 
 
-def time_series(setting: Setting) -> Result:
+def time_series(setting: Setting) -> list[Record]:
     """Many to one, with numbers: forecast of a chaotic time series.
 
     The Mackey-Glass series: 40 values are read, the value 20 steps later is foretold. `error` is
@@ -504,10 +500,8 @@ def time_series(setting: Setting) -> Result:
     def scores_of(model: nn.Module) -> dict[str, float]:
         return error(model(x_val).squeeze(1))
 
-    records += train_each(
-        "time_series", setting, models, loss_of, scores_of, setting.pick(1000, 5), 3e-3
-    )
-    return Result(records, ("model",), ("error", "parameters"), _bars(records, "error"))
+    steps = setting.pick(1000, 5)
+    return records + train_each("time_series", setting, models, loss_of, scores_of, steps, 3e-3)
 
 
 class _Numbers(nn.Module):

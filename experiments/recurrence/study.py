@@ -57,23 +57,20 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a study measured.
+class Study:
+    """A study: its docstring is what it asks.
 
     Attributes:
-        records: One for each run and seed.
+        measure: Runs it, and returns a record for each run and seed.
+        draw: Makes a matplotlib figure of such records.
         keys: The fields that say what was run; a row of the table for each combination.
         values: The fields that were measured, shown as mean and standard deviation over seeds.
-        figure: A matplotlib figure.
     """
 
-    records: list[Record]
+    measure: Callable[[Setting], list[Record]]
+    draw: Callable[[Sequence[Record]], Any]
     keys: tuple[str, ...]
     values: tuple[str, ...]
-    figure: Any
-
-
-Study = Callable[[Setting], Result]
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -164,14 +161,14 @@ def mean(records: Sequence[Record], name: str) -> float:
     return statistics.fmean(values) if values else math.nan
 
 
-def table(result: Result) -> str:
-    """Return the result as a Markdown table: mean, and ± standard deviation over seeds."""
-    rows = [[*(name.replace("_", " ") for name in (*result.keys, *result.values)), "runs"]]
+def table(records: Sequence[Record], keys: Sequence[str], values: Sequence[str]) -> str:
+    """Return records as a Markdown table: mean, and ± standard deviation over seeds."""
+    rows = [[*(name.replace("_", " ") for name in (*keys, *values)), "runs"]]
     rows.append(["---"] * len(rows[0]))
-    for key, records in groups(result.records, result.keys).items():
-        cells = [_cell([record.get(name) for record in records]) for name in result.values]
+    for key, of_key in groups(records, keys).items():
+        cells = [_cell([record.get(name) for record in of_key]) for name in values]
         rows.append([*(f"{part:g}" if isinstance(part, float) else str(part) for part in key)])
-        rows[-1] += [*cells, str(len(records))]
+        rows[-1] += [*cells, str(len(of_key))]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -196,7 +193,7 @@ def _number(value: float) -> str:
 def draw_lines(
     axes: Any, records: Sequence[Record], x: str, y: str, by: Sequence[str], **style: Any
 ) -> None:
-    """Draw y over x, a line for each group: the mean over seeds in a band of the extremes."""
+    """Draw y over x (log), a line for each group: mean over seeds in a band of the extremes."""
     for key, of_group in groups(records, by).items():
         points = sorted(groups(of_group, (x,)).items())
         known = [(p[0], [r[y] for r in of_x if r.get(y) is not None]) for p, of_x in points]
@@ -210,12 +207,16 @@ def draw_lines(
         )
         low, high = ([f(values) for _, values in known] for f in (min, max))
         axes.fill_between(places, low, high, alpha=0.15, color=line.get_color())
+    places = sorted({record[x] for record in records})
+    axes.set_xscale("log")
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
     axes.set_xlabel(x.replace("_", " "))
     axes.set_ylabel(y.replace("_", " "))
     axes.legend(fontsize="x-small")
 
 
-def draw_bars(axes: Any, records: Sequence[Record], by: str, y: str) -> None:
+def draw_bars(axes: Any, records: Sequence[Record], by: str, y: str, label: str = "") -> None:
     """Draw the mean of y for each group as a bar, and a dot for each seed."""
     for place, ((name,), of_group) in enumerate(groups(records, (by,)).items()):
         values = [record[y] for record in of_group if record.get(y) is not None]
@@ -224,7 +225,7 @@ def draw_bars(axes: Any, records: Sequence[Record], by: str, y: str) -> None:
         axes.text(0.01, place, f" {name}", va="center", transform=axes.get_yaxis_transform())
     axes.set_yticks([])
     axes.invert_yaxis()
-    axes.set_xlabel(y.replace("_", " "))
+    axes.set_xlabel(label or y.replace("_", " "))
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def run(name: str, study: Study, setting: Setting) -> None:
     """
     say(f"{name}{' (quick)' if setting.quick else ''}")
     started = time.monotonic()
-    result = study(setting)
+    records = study.measure(setting)
     seconds = time.monotonic() - started
     folder = setting.output / "results"
     folder.mkdir(parents=True, exist_ok=True)
@@ -250,13 +251,10 @@ def run(name: str, study: Study, setting: Setting) -> None:
             "threads": torch.get_num_threads(),
             "torch": importlib.metadata.version("torch"),
             "git": git_state(),
-            "keys": result.keys,
-            "values": result.values,
-            "records": result.records,
-            "table": table(result),
+            "records": records,
         },
     )
-    save_figure(folder / f"{name}.png", result.figure)
+    save_figure(folder / f"{name}.png", study.draw(records))
     config = WandbConfig(
         mode=setting.wandb,  # type: ignore[arg-type]
         project="captioner-recurrence",
@@ -266,18 +264,18 @@ def run(name: str, study: Study, setting: Setting) -> None:
     tracker = Tracker(config, {"study": name, "quick": setting.quick}, setting.output)
     failed = True
     try:
-        for step, record in enumerate(result.records):
+        for step, record in enumerate(records):
             numbers = {k: v for k, v in record.items() if not isinstance(v, (list, dict))}
             tracker.log(step, {f"{name}/{key}": value for key, value in numbers.items()})
-        tracker.log_images(len(result.records), {name: folder / f"{name}.png"})
+        tracker.log_images(len(records), {name: folder / f"{name}.png"})
         failed = False
     finally:
         tracker.finish(failed)
-    say(f"{table(result)}\n{name}: {seconds:.0f} s")
+    say(f"{table(records, study.keys, study.values)}\n{name}: {seconds:.0f} s")
 
 
 def write_page(studies: Mapping[str, Study], setting: Setting) -> None:
-    """Write README.md in the output folder of all results that are there.
+    """Write README.md in the output folder of all results that are there, and draw their pictures.
 
     What a study asks is its docstring; what was seen is ``findings/NAME.md``, so that a page that
     is written again keeps it.
@@ -288,12 +286,14 @@ def write_page(studies: Mapping[str, Study], setting: Setting) -> None:
         if not path.exists():
             continue
         content = json.loads(path.read_text(encoding="utf-8"))
-        title, _, asked = inspect.cleandoc(study.__doc__ or name).partition("\n")
+        records = content["records"]
+        save_figure(path.with_suffix(".png"), study.draw(records))
+        title, _, asked = inspect.cleandoc(study.measure.__doc__ or name).partition("\n")
         parts.append(f"## {title.rstrip('.')}\n\n{asked.strip()}")
         seen = FINDINGS / f"{name}.md"
         if seen.exists():
             parts.append(f"**Seen.** {seen.read_text(encoding='utf-8').strip()}")
-        parts.append(f"![{name}](results/{name}.png)\n\n{content['table']}")
+        parts.append(f"![{name}](results/{name}.png)\n\n{table(records, study.keys, study.values)}")
         trial = "a quick trial, whose numbers mean nothing; " if content["quick"] else ""
         parts.append(
             f"`python -m experiments.recurrence {name}`: {trial}{content['seconds']:.0f} s with "
