@@ -65,9 +65,9 @@ def draw_gradient_distance(records: Sequence[Record]) -> Any:
             curves = torch.tensor([record["share"] for record in of_start], dtype=torch.float64)
             logs = curves.clamp(min=1e-30).log().mean(0).exp()
             axes.plot(logs, label=start, linestyle="--" if "identity" in start else "-")
-        axes.set(title=cell, yscale="log", ylim=(1e-12, 1e6), xlabel="steps back")
+        axes.set(title=cell, yscale="log", ylim=(1e-12, 1e9), xlabel="steps back")
         axes.set_ylabel("share of |dL/dh|")
-        axes.legend(fontsize="xx-small")
+        axes.legend(fontsize="xx-small", ncols=2, loc="upper center")
     return figure
 
 
