@@ -68,6 +68,7 @@ STUDIES: dict[str, Study] = {
             "microseconds_of_a_step",
             "megabytes",
             "time_of_lstm",
+            "step_of_lstm",
             "parameters_of_lstm",
         ),
     ),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from captioner.progress import watched
-from captioner.recurrent import CELLS, RecurrentStack
+from captioner.recurrent import CELLS, RecurrentStack, Stepper, states_of
 from captioner.report import new_figure
 from experiments.recurrence.study import Record, Setting, draw_lines
 
@@ -20,9 +20,9 @@ def cost(setting: Setting) -> list[Record]:
 
     One layer, as wide as its input, 64 sequences of 20 steps, float32: milliseconds of forward
     and backward together (the median of repetitions, the cells taken in turn so that all of them
-    meet the same machine), microseconds of a single step of search for 64 hypotheses, and
-    what is kept in memory for the backward pass. `time_of_lstm` and `parameters_of_lstm` are
-    shares of the LSTM's.
+    meet the same machine), microseconds of a step of search for 64 hypotheses, where what comes in
+    is looked up (`Stepper`), and what is kept in memory for the backward pass. `time_of_lstm`,
+    `step_of_lstm` and `parameters_of_lstm` are shares of the LSTM's.
     """
     widths = setting.pick((64, 128, 256, 512), (16,))
     repetitions = setting.pick(15, 2)
@@ -32,13 +32,15 @@ def cost(setting: Setting) -> list[Record]:
         torch.manual_seed(seed)
         x = torch.randn(64, 20, width, requires_grad=True)
         stacks = {cell: RecurrentStack(cell, width, width) for cell in CELLS}
+        steppers = {cell: Stepper(stack, torch.float32) for cell, stack in stacks.items()}
         times: dict[str, list[float]] = {cell: [] for cell in CELLS}
         steps: dict[str, list[float]] = {cell: [] for cell in CELLS}
         for _ in range(repetitions + 1):  # the first warms up
             for cell, stack in stacks.items():
                 times[cell].append(_seconds_of_training(stack, x))
-                steps[cell].append(_seconds_of_a_step(stack, x[:, :1].detach()))
+                steps[cell].append(_seconds_of_a_step(steppers[cell], states_of(cell)))
         medians = {cell: statistics.median(values[1:]) for cell, values in times.items()}
+        of_steps = {cell: statistics.median(values[1:]) for cell, values in steps.items()}
         parameters = {c: sum(p.numel() for p in s.parameters()) for c, s in stacks.items()}
         for cell, stack in stacks.items():
             records.append(
@@ -48,9 +50,10 @@ def cost(setting: Setting) -> list[Record]:
                     "seed": seed,
                     "parameters": parameters[cell],
                     "milliseconds": 1000 * medians[cell],
-                    "microseconds_of_a_step": 1e6 * statistics.median(steps[cell][1:]),
+                    "microseconds_of_a_step": 1e6 * of_steps[cell],
                     "megabytes": _kept_for_backward(stack, x) / 1e6,
                     "time_of_lstm": medians[cell] / medians["lstm"],
+                    "step_of_lstm": of_steps[cell] / of_steps["lstm"],
                     "parameters_of_lstm": parameters[cell] / parameters["lstm"],
                 }
             )
@@ -81,9 +84,11 @@ def _seconds_of_training(stack: RecurrentStack, x: Tensor) -> float:
 
 
 @torch.no_grad()
-def _seconds_of_a_step(stack: RecurrentStack, x: Tensor) -> float:
+def _seconds_of_a_step(stepper: Stepper, states: int, rows: int = 64) -> float:
+    gates, hidden = len(stepper.input_weight), stepper.input_weight.shape[1]
+    from_input, begin = torch.randn(rows, gates), [torch.randn(rows, hidden)] * states
     started = time.perf_counter()
-    stack(x)
+    stepper.step(from_input, begin)
     return time.perf_counter() - started
 
 
