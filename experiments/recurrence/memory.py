@@ -199,20 +199,21 @@ def adding(setting: Setting) -> list[Record]:
 
 
 def draw_adding(records: Sequence[Record]) -> Any:
-    """Draw error and steps over the length, a line for each remedy."""
+    """Draw error, and steps of the runs that solved it, over the length, a line for each remedy."""
     figure = new_figure(2, 1, 4.8, 3.4)
-    for place, (name, label) in enumerate(
-        {
-            "error": "mean squared error at the end",
-            "steps": "steps until solved or out of budget",
-        }.items()
-    ):
-        axes = figure.add_subplot(1, 2, place + 1)
-        draw_lines(axes, records, "length", name, ("remedy",), marker=".")
-        axes.set(yscale="log", ylabel=label, xlabel="length, steps")
-        if name == "error":
-            axes.axhline(SOLVED, color="k", linewidth=0.5)
-            axes.axhline(1 / 6, color="k", linewidth=0.5, linestyle=":")
+    axes = figure.add_subplot(1, 2, 1)
+    draw_lines(axes, records, "length", "error", ("remedy",), marker=".")
+    axes.set(yscale="log", ylabel="mean squared error at the end", xlabel="length, steps")
+    axes.axhline(SOLVED, color="k", linewidth=0.5)
+    axes.axhline(1 / 6, color="k", linewidth=0.5, linestyle=":")
+    axes.legend().remove()
+    axes = figure.add_subplot(1, 2, 2)
+    solved = [
+        {**record, "steps": record["steps"] if record["solved"] else None} for record in records
+    ]
+    draw_lines(axes, solved, "length", "steps", ("remedy",), marker=".")
+    axes.set(ylabel="batches until solved", xlabel="length, steps", ylim=(0, None))
+    axes.legend(fontsize="xx-small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.25))
     return figure
 
 

@@ -217,12 +217,21 @@ def draw_lines(
 
 
 def draw_bars(axes: Any, records: Sequence[Record], by: str, y: str, label: str = "") -> None:
-    """Draw the mean of y for each group as a bar, and a dot for each seed."""
+    """Draw the mean of y for each group as a bar, and a dot for each seed.
+
+    The interval from y_low to y_high, where records have it, is a line, a mean over seeds.
+    """
+    means = []
     for place, ((name,), of_group) in enumerate(groups(records, (by,)).items()):
         values = [record[y] for record in of_group if record.get(y) is not None]
-        axes.barh(place, mean(of_group, y), color="C0" if place else "0.6", alpha=0.6)
+        means.append(mean(of_group, y))
+        axes.barh(place, means[-1], color="C0" if place else "0.6", alpha=0.6)
         axes.plot(values, [place] * len(values), "k.", markersize=4)
+        low, high = (mean(of_group, f"{y}_{end}") for end in ("low", "high"))
+        axes.plot([low, high], [place + 0.25] * 2, "k|-", linewidth=0.8)
         axes.text(0.01, place, f" {name}", va="center", transform=axes.get_yaxis_transform())
+    if max(means) > 20 * min(means) > 0:
+        axes.set_xscale("log")
     axes.set_yticks([])
     axes.invert_yaxis()
     axes.set_xlabel(label or y.replace("_", " "))
