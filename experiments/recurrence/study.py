@@ -262,6 +262,7 @@ def run(name: str, study: Study, setting: Setting) -> None:
             "git": git_state(),
             "records": records,
         },
+        indent=None,
     )
     save_figure(folder / f"{name}.png", study.draw(records))
     config = WandbConfig(
