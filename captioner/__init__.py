@@ -2,17 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from captioner.captioner import Captioner
+from captioner.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from captioner.inference.captioner import Captioner
+
 __all__ = ["Captioner", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for: scoring and annotations must not wait for torch.
     if name == "Captioner":
-        from captioner.captioner import Captioner
+        from captioner.inference.captioner import Captioner
 
         return Captioner
     raise AttributeError(f"module 'captioner' has no attribute '{name}'")

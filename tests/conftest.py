@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from captioner.captioner import Captioner
 from captioner.config import DecoderConfig, SearchConfig
-from captioner.data import pad
-from captioner.encoder import Encoder
-from captioner.images import Preprocessing
-from captioner.model import CaptionModel, save_checkpoint
-from captioner.vocabulary import Vocabulary
+from captioner.data.dataset import pad
+from captioner.data.images import Preprocessing
+from captioner.data.vocabulary import Vocabulary
+from captioner.inference.captioner import Captioner
+from captioner.models.captioning_model import CaptionModel, save_checkpoint
+from captioner.models.encoder import Encoder
 
 COLOURS = ("red", "lime", "blue", "yellow")
 SHAPES = ("disc", "square")

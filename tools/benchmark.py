@@ -19,21 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captioner.captioner import Captioner
 from captioner.cli import HelpFormatter, command
 from captioner.config import DecoderConfig, SearchConfig
-from captioner.data import CaptionDataset, TrainingBatches, encode_captions
-from captioner.decoder import ShowAttendTell, Steps, make_decoder
+from captioner.data.dataset import CaptionDataset, TrainingBatches, encode_captions
+from captioner.data.images import in_batches, load_pixels
+from captioner.data.vocabulary import BOS, EOS, PAD, UNK
 from captioner.device import autocast
-from captioner.features import cached_features
 from captioner.files import write_json
-from captioner.folder import ImageFile, caption_files
-from captioner.images import in_batches, load_pixels
-from captioner.model import decode
+from captioner.inference.captioner import Captioner
+from captioner.inference.folder import ImageFile, caption_files
+from captioner.models.captioning_model import decode
+from captioner.models.decoder import ShowAttendTell, Steps, make_decoder
+from captioner.models.recurrent import states_of
 from captioner.progress import say
-from captioner.recurrent import states_of
-from captioner.training import caption_loss
-from captioner.vocabulary import BOS, EOS, PAD, UNK
+from captioner.training.feature_cache import cached_features
+from captioner.training.trainer import caption_loss
 
 ROUNDS = 9  # of all parts of captioning
 TIMES = 3  # the shortest is taken: other work on the machine only adds to it

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from captioner.annotations import ImageId, read_annotations
 from captioner.cli import HelpFormatter, command
-from captioner.evaluation import read_evaluation
-from captioner.metrics import BLEU_NAMES, score, score_tokens
+from captioner.data.annotations import ImageId, read_annotations
+from captioner.data.tokenizer import tokenize
+from captioner.metrics.evaluation import read_evaluation
 from captioner.metrics.official import TOKENIZER_JAR, require
-from captioner.tokenizer import tokenize
+from captioner.metrics.scores import BLEU_NAMES, score, score_tokens
 
 Captions = dict[ImageId, list[str]]
 Outcome = tuple[float, np.ndarray, float]  # of the corpus, of each image, seconds

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from captioner.annotations import read_annotations
 from captioner.cli import HelpFormatter, command
+from captioner.data.annotations import read_annotations
+from captioner.data.images import load_image
+from captioner.data.predictions import read_results
 from captioner.errors import DataError
 from captioner.files import atomic_write
-from captioner.images import load_image
-from captioner.results import read_results
 
 MARGIN = 8
 

@@ -9,13 +9,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from captioner.annotations import read_text
 from captioner.cli import HelpFormatter, command
+from captioner.data.annotations import read_text
+from captioner.data.tokenizer import tokenize
 from captioner.files import atomic_write
 from captioner.metrics.official import java_tokenize
-from captioner.tokenizer import tokenize
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden_tokens.jsonl"
+GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "golden_tokens.jsonl"
 
 
 @command

@@ -4,9 +4,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from captioner import __version__
 from captioner.cli import command
 from captioner.errors import UsageError, did_you_mean
+from captioner.version import __version__
 
 COMMANDS = {
     "train": "train a captioner from an experiment file",

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from captioner.cli import HelpFormatter, command
 from captioner.config import SearchConfig, attribute_docs
+from captioner.data.predictions import results_format, write_results
 from captioner.errors import UsageError, name_some
 from captioner.progress import say
-from captioner.results import results_format, write_results
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help must not wait for it
-    from captioner.captioner import Caption
-    from captioner.folder import ImageFile
+    from captioner.inference.captioner import Caption
+    from captioner.inference.folder import ImageFile
 
 DESCRIPTION = """\
 Caption the images in a folder and the folders below it.
@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"--batch-size: at least 0 was expected, found {args.batch_size}")
     _refuse_unwritable(args.output)
 
-    from captioner.captioner import Captioner
-    from captioner.folder import caption_files, find_images, listed_images
+    from captioner.inference.captioner import Captioner
+    from captioner.inference.folder import caption_files, find_images, listed_images
 
     if args.annotations:
         images = listed_images(args.folder, args.annotations, args.split)

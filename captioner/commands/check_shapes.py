@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from captioner.cli import HelpFormatter, command
+from captioner.data.predictions import read_results
+from captioner.data.shapes import Record, Verdict, captions_of, check_captions, read_records, shares
 from captioner.errors import UsageError
 from captioner.files import write_json
 from captioner.progress import say
-from captioner.results import read_results
-from captioner.shapes import Record, Verdict, captions_of, check_captions, read_records, shares
 
 
 def parser() -> argparse.ArgumentParser:

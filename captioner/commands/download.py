@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from captioner.cli import HelpFormatter, command
-from captioner.download import (
+from captioner.data.download import (
     COCO_ARCHIVES,
     KARPATHY_IMAGES,
     RETRIES,

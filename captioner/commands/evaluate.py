@@ -18,16 +18,16 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from captioner.annotations import read_annotations, read_text
 from captioner.cli import HelpFormatter, command
+from captioner.data.annotations import read_annotations, read_text
+from captioner.data.tokenizer import tokenize
 from captioner.errors import DataError, UsageError
-from captioner.evaluation import Evaluation, read_evaluation, signature, write_per_image
 from captioner.files import write_json
-from captioner.metrics import DocumentFrequencies, Scores, metric_names, score
 from captioner.metrics.diversity import describe, self_bleu
+from captioner.metrics.evaluation import Evaluation, read_evaluation, signature, write_per_image
+from captioner.metrics.scores import DocumentFrequencies, Scores, metric_names, score
 from captioner.metrics.significance import confidence_interval, paired_test, resampled_metrics
 from captioner.progress import say
-from captioner.tokenizer import tokenize
 
 
 def parser() -> argparse.ArgumentParser:
@@ -195,7 +195,7 @@ def _write(
         tokens = [[tokenize(text) for text in texts] for texts in evaluation.references.values()]
         DocumentFrequencies.of(tokens).save(options.save_frequencies)
     if options.plot or options.report:
-        from captioner.report import write_plot, write_report
+        from captioner.metrics.report import write_plot, write_report
 
         if options.plot:
             write_plot(options.plot, scores)
@@ -217,7 +217,7 @@ def _log(options: argparse.Namespace, summary: Mapping[str, Any]) -> None:
     import wandb
 
     from captioner.config import WandbConfig
-    from captioner.tracking import Tracker
+    from captioner.training.tracking import Tracker
 
     folder = options.output.parent if options.output else Path.cwd()
     tracker = Tracker(WandbConfig(project=options.wandb), {}, folder, options.wandb_run)

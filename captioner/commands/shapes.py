@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from captioner.cli import HelpFormatter, command
+from captioner.data.shapes import SPLITS, write_data_set
 from captioner.progress import say
-from captioner.shapes import SPLITS, write_data_set
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from captioner.annotations import read_json
+from captioner.data.annotations import read_json
 from captioner.errors import DataError
 from captioner.files import write_json
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from captioner.data.vocabulary import FUNCTION_WORDS
 from captioner.metrics.bleu import bleu_counts, bleu_of_counts
-from captioner.vocabulary import FUNCTION_WORDS
 
 Captions = Sequence[Sequence[str]]
 

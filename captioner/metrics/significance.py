@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from captioner.metrics import BLEU_NAMES, Scores
 from captioner.metrics.bleu import bleu_of_counts
+from captioner.metrics.scores import BLEU_NAMES, Scores
 
 SAMPLES = 1000
 SEED = 0

@@ -5,14 +5,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from captioner.data.predictions import read_results
 from captioner.files import atomic_write
-from captioner.metrics import Scores, score
+from captioner.metrics.report import new_figure
+from captioner.metrics.scores import Scores, score
 from captioner.metrics.significance import confidence_interval, paired_test
 from captioner.progress import say
-from captioner.report import new_figure
-from captioner.results import read_results
-from captioner.tracking import read_log
-from captioner.training import FLOW, train
+from captioner.training.tracking import read_log
+from captioner.training.trainer import FLOW, train
 from experiments.recurrence.captions import experiment, load_captions
 from experiments.recurrence.study import Record, Setting, draw_bars, groups
 

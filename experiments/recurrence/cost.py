@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captioner.metrics.report import new_figure
+from captioner.models.recurrent import CELLS, RecurrentStack, Stepper, states_of
 from captioner.progress import watched
-from captioner.recurrent import CELLS, RecurrentStack, Stepper, states_of
-from captioner.report import new_figure
 from experiments.recurrence.study import Record, Setting, draw_lines
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
+from captioner.metrics.report import new_figure
+from captioner.models.recurrent import CELLS, INITIALISATIONS, RecurrentStack, gradient_norms
 from captioner.progress import watched
-from captioner.recurrent import CELLS, INITIALISATIONS, RecurrentStack, gradient_norms
-from captioner.report import new_figure
 from experiments.recurrence.study import (
     History,
     LastStep,

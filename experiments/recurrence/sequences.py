@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
+from captioner.data.vocabulary import BOS, EOS, PAD
+from captioner.metrics.report import new_figure
+from captioner.models.recurrent import CELLS, RecurrentStack, states_of
 from captioner.progress import watched
-from captioner.recurrent import CELLS, RecurrentStack, states_of
-from captioner.report import new_figure
-from captioner.vocabulary import BOS, EOS, PAD
 from experiments.recurrence.captions import load_captions, pad_rows, pooled_features
 from experiments.recurrence.study import (
     LastStep,

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from captioner.config import WandbConfig
 from captioner.files import atomic_write, write_json
+from captioner.metrics.report import save_figure
+from captioner.models.recurrent import RecurrentStack
 from captioner.progress import say
-from captioner.recurrent import RecurrentStack
-from captioner.report import save_figure
-from captioner.tracking import Tracker
-from captioner.training import git_state
+from captioner.training.tracking import Tracker
+from captioner.training.trainer import git_state
 
 HERE = Path(__file__).parent
 FINDINGS = HERE / "findings"  # what was seen, a paragraph a study, written by hand

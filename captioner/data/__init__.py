@@ -1,0 +1,1 @@
+"""From files to batches: captions, words and their ids, photographs, training's batches."""

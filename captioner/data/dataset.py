@@ -1,0 +1,221 @@
+"""Images with their captions, and the batches that training takes them in."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captioner.data.annotations import AnnotatedImage, ImageId, read_annotations
+from captioner.data.tokenizer import tokenize
+from captioner.data.vocabulary import BOS, EOS, PAD, Vocabulary
+from captioner.errors import DataError, name_some
+from captioner.progress import say
+
+# Batches are cut from so many batches' worth of shuffled images, sorted by caption length.
+BATCHES_IN_POOL = 16
+
+
+@dataclass(frozen=True)
+class CaptionDataset:
+    """The images of one split and their captions; four lists in the same order.
+
+    Attributes:
+        name: What messages call it, such as the annotations file.
+        image_ids: Ids as the annotations give them, integers or text.
+        paths: The image files.
+        captions: The captions of each image.
+    """
+
+    name: str
+    image_ids: list[ImageId]
+    paths: list[Path]
+    captions: list[list[str]]
+
+    @classmethod
+    def load(
+        cls,
+        annotations: str | Path,
+        images: str | Path,
+        split: str | None = None,
+        missing: str = "error",
+    ) -> "CaptionDataset":
+        """Read a captions file and find its images.
+
+        Args:
+            annotations: A captions file: see ``captioner.annotations``.
+            images: The folder that file names start from.
+            split: Which images to take; None takes all.
+            missing: "error" refuses images that aren't on disk, "skip" leaves them out.
+
+        Raises:
+            DataError: Nothing is left, or an image file is missing; with ids and counts.
+        """
+        read = read_annotations(annotations, split)
+        for note in read.notes:
+            say(f"warning: {note}")
+        entries = _with_words(read.images, str(annotations))
+        nameless = [image.image_id for image in entries if not image.file_name]
+        if nameless:
+            raise DataError(
+                f"{annotations}: {len(nameless)} images have no 'file_name' (ids "
+                f"{name_some(nameless)})"
+            )
+        paths = {image.image_id: Path(images) / str(image.file_name) for image in entries}
+        absent = [image_id for image_id, path in paths.items() if not os.path.isfile(path)]
+        if absent:
+            example = paths[absent[0]]
+            message = (
+                f"{annotations}: {len(absent)} of {len(paths)} images are not in {images} "
+                f"(ids {name_some(absent)}; {example} was expected)"
+            )
+            if missing == "error" or len(absent) == len(paths):
+                raise DataError(f"{message}; fetch them, or set data.bad_images=skip")
+            say(f"warning: {message}; they are left out")
+            gone = set(absent)
+            entries = [image for image in entries if image.image_id not in gone]
+        if not entries:
+            raise DataError(f"{annotations}: no image with a caption" + _in_split(split))
+        return cls(
+            name=f"{annotations}{_in_split(split)}",
+            image_ids=[image.image_id for image in entries],
+            paths=[paths[image.image_id] for image in entries],
+            captions=[image.captions for image in entries],
+        )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def select(self, indices: Sequence[int]) -> "CaptionDataset":
+        """Return these images alone."""
+        return CaptionDataset(
+            self.name,
+            [self.image_ids[i] for i in indices],
+            [self.paths[i] for i in indices],
+            [self.captions[i] for i in indices],
+        )
+
+    @property
+    def references(self) -> dict[ImageId, list[str]]:
+        """The captions by image id, as scoring takes them."""
+        return dict(zip(self.image_ids, self.captions, strict=True))
+
+
+def _with_words(images: Sequence[AnnotatedImage], source: str) -> list[AnnotatedImage]:
+    """Leave out captions of punctuation alone, and images that have no other; say how many."""
+    kept, wordless = [], 0
+    for image in images:
+        captions = [caption for caption in image.captions if tokenize(caption)]
+        wordless += len(image.captions) - len(captions)
+        if captions:
+            kept.append(AnnotatedImage(image.image_id, image.file_name, captions))
+    if wordless:
+        say(f"warning: {source}: {wordless} captions without a word are left out")
+    return kept
+
+
+def refuse_overlap(train: CaptionDataset, val: CaptionDataset) -> None:
+    """Raise a DataError when two splits share image files."""
+    trained = {path.resolve() for path in train.paths}
+    shared = [
+        image_id
+        for image_id, path in zip(val.image_ids, val.paths, strict=True)
+        if path.resolve() in trained
+    ]
+    if shared:
+        raise DataError(
+            f"{val.name}: {len(shared)} of its images are in {train.name} too (ids "
+            f"{name_some(shared)}); validation must be on images that training doesn't see"
+        )
+
+
+def _in_split(split: str | None) -> str:
+    return f" (split {split})" if split else ""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images and some captions of each.
+
+    Attributes:
+        images: Which images of the data set these are, of length B.
+        token_ids: Captions from BOS to EOS, then PAD: (B, K, T + 1). An image with fewer than K
+            captions has rows of PAD alone.
+    """
+
+    images: list[int]
+    token_ids: Tensor
+
+
+class TrainingBatches:
+    """Cuts each epoch into batches of images whose captions are about equally long.
+
+    An image comes with K of its captions, so that all that depends on the image alone is
+    computed once for K captions. Which captions and which batches is decided by (seed, epoch)
+    alone: a resumed epoch is the same epoch.
+
+    Args:
+        captions: Token ids of every caption of every image, without BOS and EOS.
+        batch_size: B, images in a batch.
+        captions_per_image: K; an image that has more gives a new random choice each epoch.
+        seed: Seed of choice and order.
+        max_words: Longer captions are cut.
+    """
+
+    def __init__(
+        self,
+        captions: Sequence[Sequence[Sequence[int]]],
+        batch_size: int,
+        captions_per_image: int,
+        seed: int,
+        max_words: int,
+    ) -> None:
+        self.captions = [[list(c[:max_words]) for c in per_image] for per_image in captions]
+        self.batch_size, self.captions_per_image = batch_size, captions_per_image
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return -(-len(self.captions) // self.batch_size)
+
+    def epoch(self, epoch: int) -> list[Batch]:
+        """Return the batches of an epoch, in the order in which they are trained on."""
+        random = np.random.default_rng((self.seed, epoch))
+        chosen = [self._choose(per_image, random) for per_image in self.captions]
+        longest = np.array([max(map(len, per_image)) for per_image in chosen])
+        order = random.permutation(len(chosen))
+        pool = self.batch_size * BATCHES_IN_POOL
+        batches = []
+        for start in range(0, len(order), pool):
+            part = order[start : start + pool]
+            part = part[np.argsort(-longest[part], kind="stable")]
+            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        return [
+            Batch(batches[i].tolist(), pad([chosen[image] for image in batches[i]]))
+            for i in random.permutation(len(batches))
+        ]
+
+    def _choose(self, per_image: list[list[int]], random: np.random.Generator) -> list[list[int]]:
+        """Return at most K captions, the longest first: see ``decoder._rectangles``."""
+        if len(per_image) > self.captions_per_image:
+            choice = random.choice(len(per_image), self.captions_per_image, replace=False)
+            per_image = [per_image[i] for i in choice]
+        return sorted(per_image, key=len, reverse=True)
+
+
+def pad(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Put BOS before and EOS behind each caption, then PAD: (B, K, T + 1)."""
+    slots = max(len(per_image) for per_image in captions)
+    length = max(len(caption) for per_image in captions for caption in per_image)
+    token_ids = np.full((len(captions), slots, length + 2), PAD, dtype=np.int64)
+    for b, per_image in enumerate(captions):
+        for k, caption in enumerate(per_image):
+            token_ids[b, k, : len(caption) + 2] = [BOS, *caption, EOS]
+    return torch.from_numpy(token_ids)
+
+
+def encode_captions(dataset: CaptionDataset, vocabulary: Vocabulary) -> list[list[list[int]]]:
+    """Return the token ids of every caption of every image."""
+    return [[vocabulary.encode(caption) for caption in per_image] for per_image in dataset.captions]

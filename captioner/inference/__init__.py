@@ -1,0 +1,1 @@
+"""Captions for images, from Python and for folders."""

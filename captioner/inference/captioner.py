@@ -1,0 +1,290 @@
+"""Captions for images, from Python."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from captioner.config import SearchConfig
+from captioner.data.images import to_rgb
+from captioner.device import choose_device, choose_precision, keep_freed_memory
+from captioner.errors import CheckpointError, ConfigError, ImageError, UsageError, did_you_mean
+from captioner.models.captioning_model import CaptionModel, decode, load_checkpoint
+from captioner.search.decoding import Hypothesis
+
+ImageLike = str | Path | Image.Image | Tensor
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One caption of an image.
+
+    Attributes:
+        text: The sentence.
+        log_probability: The model's own, of its words and its end.
+        attention: What the decoder looked at for each word, and for the end: (T, H, W), where
+            each (H, W) sums to 1 over the image's square. None unless asked for, and for a
+            decoder without attention.
+    """
+
+    text: str
+    log_probability: float
+    attention: Tensor | None = None
+
+
+class Captioner:
+    """A trained captioner, ready for use.
+
+    Example:
+        >>> captioner = Captioner.from_pretrained("runs/coco/best")
+        >>> captioner.caption("dog.jpg", beam_size=5)
+        'a dog is running on the beach'
+
+    Args:
+        models: The model; or several with the same vocabulary and preprocessing, an ensemble whose
+            probabilities are averaged. They are moved to ``device``.
+        device: "auto" (CUDA, else MPS, else CPU) or a device's name.
+        precision: "auto" (bfloat16 where it is native), "bfloat16" or "float32".
+
+    Attributes:
+        model: The first of the models.
+        decoders: What each model's decoder became for search.
+
+    Raises:
+        CheckpointError: The models of an ensemble don't fit together.
+    """
+
+    def __init__(
+        self,
+        models: CaptionModel | Sequence[CaptionModel],
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> None:
+        keep_freed_memory()
+        self.device = choose_device(device)
+        self.precision = choose_precision(precision, self.device)
+        models = [models] if isinstance(models, CaptionModel) else list(models)
+        if not models:
+            raise UsageError("a captioner needs a model: an empty list was given")
+        self.models = [model.to(self.device).eval() for model in models]
+        self.model = self.models[0]
+        for other in self.models[1:]:
+            _refuse_strangers(self.model, other)
+        # Models that share a CNN share what it says about an image.
+        cnns = [repr(model.encoder.fingerprint()) if len(models) > 1 else "" for model in models]
+        self._cnn_of = [cnns.index(each) for each in cnns]
+        self._cnns = {
+            number: self.models[number].encoder.for_inference(self.precision)
+            for number in set(self._cnn_of)
+        }
+        self.decoders = [model.decoder.for_search(self.precision) for model in self.models]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path | Sequence[str | Path],
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> "Captioner":
+        """Load a checkpoint directory, such as ``RUN/best``, or several as an ensemble.
+
+        Raises:
+            CheckpointError: One is missing, damaged or inconsistent, or they don't fit together.
+        """
+        several = [directory] if isinstance(directory, (str, Path)) else list(directory)
+        return cls([load_checkpoint(each) for each in several], device, precision)
+
+    @overload
+    def caption(self, images: ImageLike, *, batch_size: int = ..., **settings: Any) -> str: ...
+
+    @overload
+    def caption(
+        self, images: Iterable[ImageLike], *, batch_size: int = ..., **settings: Any
+    ) -> list[str]: ...
+
+    def caption(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        batch_size: int = 32,
+        **settings: Any,
+    ) -> str | list[str]:
+        """Caption one image or many.
+
+        Args:
+            images: Paths, PIL images, or tensors (3, H, W), uint8 or float from 0 to 1; one, or
+                any number of them, such as a list or a generator. A tensor (B, 3, H, W) is B
+                images.
+            batch_size: Images encoded and decoded at a time.
+            settings: Any of ``config.SearchConfig``, such as ``beam_size=3``; the others are the
+                checkpoint's.
+
+        Returns:
+            A caption for one image, a list for many.
+
+        Raises:
+            ImageError: An image can't be read, or a tensor holds something else.
+            ConfigError: A setting is impossible.
+        """
+        search = self.search(**settings)
+        captions = [best[0].text for best in self._described(images, search, batch_size)]
+        return captions[0] if _is_one(images) else captions
+
+    def describe(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        attention: bool = False,
+        batch_size: int = 32,
+        **settings: Any,
+    ) -> list[list[Caption]]:
+        """Caption images, and tell more: the ``n_best`` captions of each, with their scores.
+
+        Args:
+            images: As in ``caption``; one image gives a list of one list.
+            attention: Tell what the decoder looked at for each word.
+            batch_size: Images encoded and decoded at a time.
+            settings: As in ``caption``.
+
+        Raises:
+            ImageError, ConfigError: As ``caption`` does.
+            UsageError: Attention was asked of an ensemble.
+        """
+        search = self.search(**settings)
+        return list(self._described(images, search, batch_size, attention))
+
+    def search(self, **settings: Any) -> SearchConfig:
+        """Return the checkpoint's search settings with those changed that aren't None.
+
+        Raises:
+            ConfigError: A setting is unknown or impossible.
+        """
+        known = [field.name for field in fields(SearchConfig)]
+        for name in settings:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+                raise ConfigError(f"no search setting '{name}'{hint}")
+        changes = {name: value for name, value in settings.items() if value is not None}
+        changes |= {name: tuple(v) for name, v in changes.items() if isinstance(v, list)}
+        return replace(self.model.search, **changes)
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """Return each model's features (B, N, D) of preprocessed pixels (B, 3, S, S), uint8."""
+        found = {number: cnn(pixels) for number, cnn in self._cnns.items()}
+        return [found[number] for number in self._cnn_of]
+
+    def hypotheses(
+        self, features: Sequence[Tensor], search: SearchConfig, keys: Tensor | None = None
+    ) -> list[list[Hypothesis]]:
+        """Return the captions found for images, best first.
+
+        Args:
+            features: As ``features`` gives them.
+            search: How to search.
+            keys: A number for each image, (B,), that its samples depend on.
+        """
+        return decode(self.decoders, features, search, self.model.vocabulary, keys)
+
+    def captions(
+        self,
+        pixels: Tensor,
+        search: SearchConfig,
+        keys: Tensor | None = None,
+        attention: bool = False,
+    ) -> list[list[Caption]]:
+        """Return the captions of preprocessed pixels (B, 3, S, S), uint8, best first."""
+        features = self.features(pixels)
+        found = self.hypotheses(features, search, keys)
+        maps = self._attention(features, found) if attention else None
+        return [
+            [
+                Caption(
+                    self.model.vocabulary.decode(each.token_ids),
+                    each.log_probability,
+                    None if maps is None else maps[image][place],
+                )
+                for place, each in enumerate(best)
+            ]
+            for image, best in enumerate(found)
+        ]
+
+    def _attention(
+        self, features: Sequence[Tensor], found: Sequence[Sequence[Hypothesis]]
+    ) -> list[list[Tensor]] | None:
+        if len(self.models) > 1:
+            raise UsageError("the models of an ensemble look at different things: take one")
+        maps = self.model.attention(features[0], found, self.precision)
+        side = math.isqrt(features[0].shape[1])  # the CNN sees a square
+        return maps and [[one.unflatten(1, (side, side)) for one in of_image] for of_image in maps]
+
+    def _described(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        search: SearchConfig,
+        batch_size: int,
+        attention: bool = False,
+    ) -> Iterator[list[Caption]]:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: at least 1 was expected, found {batch_size}")
+        preprocess = self.model.encoder.preprocessing
+        left = iter([images] if _is_one(images) else images)  # type: ignore[arg-type]
+        done = 0
+        while batch := list(islice(left, batch_size)):
+            pixels = torch.stack(
+                [
+                    preprocess.load(image)
+                    if isinstance(image, (str, Path))
+                    else preprocess(_open(image))
+                    for image in batch
+                ]
+            )
+            keys = torch.arange(done, done + len(batch))
+            yield from self.captions(pixels, search, keys, attention)
+            done += len(batch)
+
+
+def _is_one(images: ImageLike | Iterable[ImageLike]) -> bool:
+    return isinstance(images, (str, Path, Image.Image)) or (
+        isinstance(images, Tensor) and images.dim() == 3
+    )
+
+
+def _refuse_strangers(first: CaptionModel, other: CaptionModel) -> None:
+    if other.vocabulary.words != first.vocabulary.words:
+        raise CheckpointError(
+            f"an ensemble needs one vocabulary, found one of {len(first.vocabulary)} words and "
+            f"another of {len(other.vocabulary)}: train its models on the same captions, with the "
+            "same data.min_word_count"
+        )
+    if other.encoder.preprocessing != first.encoder.preprocessing:
+        raise CheckpointError(
+            "an ensemble needs one preprocessing, found "
+            f"{first.encoder.preprocessing} and {other.encoder.preprocessing}"
+        )
+
+
+def _open(image: Image.Image | Tensor) -> Image.Image:
+    if isinstance(image, Tensor):
+        return to_rgb(to_pil_image(_to_uint8(image.cpu())))
+    return to_rgb(image)
+
+
+def _to_uint8(image: Tensor) -> Tensor:
+    if image.dim() != 3 or len(image) not in (1, 3):
+        raise ImageError(f"a tensor (3, H, W) was expected, found {tuple(image.shape)}")
+    if image.dtype == torch.uint8:
+        return image
+    lowest, highest = image.min().item(), image.max().item()
+    if not image.is_floating_point() or not (lowest >= 0 and highest <= 1):
+        raise ImageError(
+            "a tensor must be uint8, or float from 0 to 1 (not yet normalised by mean and standard "
+            f"deviation: the captioner does that); found {image.dtype} from {lowest} to {highest}"
+        )
+    return (image.float() * 255).round().to(torch.uint8)

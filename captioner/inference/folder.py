@@ -1,0 +1,174 @@
+"""Captions for a folder of images."""
+
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from captioner.config import SearchConfig
+from captioner.data.annotations import ImageId, read_annotations
+from captioner.data.images import in_batches, load_pixels
+from captioner.device import free_memory, is_out_of_memory
+from captioner.errors import CaptionerError, DataError, name_some
+from captioner.inference.captioner import Caption, Captioner
+from captioner.progress import Progress, say
+
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".ico", ".tga"),
+}
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image to caption.
+
+    Attributes:
+        image_id: What the results call it.
+        name: Its path below the folder, with ``/`` between the parts.
+        path: Where it is.
+    """
+
+    image_id: ImageId
+    name: str
+    path: Path
+
+
+def find_images(folder: str | Path) -> list[ImageFile]:
+    """Return the images in a folder and the folders below it, by name.
+
+    Raises:
+        DataError: The folder is missing or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    found, others = [], 0
+    for parent, folders, names in os.walk(folder, onerror=_report):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(parent) / name
+            if name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
+                others += 1
+            else:
+                relative = path.relative_to(folder).as_posix()
+                found.append(ImageFile(relative, relative, path))
+    if not found:
+        raise DataError(f"{folder}: no image files (of {others} files none ends in .jpg, .png, …)")
+    if others:
+        say(f"{folder}: {others} files are passed over: hidden, or no images by their suffix")
+    return found
+
+
+def _report(error: OSError) -> None:
+    say(f"warning: {error.filename}: this folder can't be read ({error.strerror}); it is left out")
+
+
+def listed_images(
+    folder: str | Path, annotations: str | Path, split: str | None = None
+) -> list[ImageFile]:
+    """Return the images that a captions file lists, with its ids.
+
+    Raises:
+        DataError: The file can't be read, or lists no file names.
+    """
+    images = read_annotations(annotations, split).images
+    nameless = [image.image_id for image in images if not image.file_name]
+    if nameless:
+        raise DataError(
+            f"{annotations}: {len(nameless)} images have no 'file_name' (ids {name_some(nameless)})"
+        )
+    if not images:
+        raise DataError(f"{annotations}: it lists no images")
+    return [
+        ImageFile(image.image_id, str(image.file_name), Path(folder) / str(image.file_name))
+        for image in images
+    ]
+
+
+def caption_files(
+    captioner: Captioner,
+    images: Sequence[ImageFile],
+    search: SearchConfig,
+    batch_size: int = 0,
+    workers: int = -1,
+) -> tuple[dict[ImageId, list[Caption]], dict[str, str]]:
+    """Caption image files, whatever happens to single ones.
+
+    Args:
+        captioner: The captioner.
+        images: What to caption.
+        search: How. Samples of an image depend on its id, not on the images beside it.
+        batch_size: Images encoded and decoded at a time; 0 takes what fits into memory. Where
+            memory runs out all the same, batches are halved from there on.
+        workers: Processes (GPU) or threads (CPU) that read images; -1 takes one a core.
+
+    Returns:
+        The captions by image id, best first, and for each image that couldn't be read its name
+        and why.
+
+    Raises:
+        CaptionerError: Even a single image is too much.
+    """
+    captions: dict[ImageId, list[Caption]] = {}
+    failed: dict[str, str] = {}
+    at_once = batch_size or _fitting(captioner, search)
+    loaded = load_pixels(
+        [image.path for image in images],
+        captioner.model.encoder.preprocessing,
+        in_batches(len(images), at_once),
+        captioner.device,
+        workers,
+    )
+    with Progress("captioning", len(images), "image") as bar:
+        for batch in loaded:
+            for index, message in batch.failures:
+                failed[images[index].name] = message
+                say(f"warning: {message}")
+            bar.update(len(batch.failures))
+            done = 0
+            while done < len(batch.indices):
+                indices = batch.indices[done : done + at_once]
+                pixels = batch.pixels[done : done + at_once]
+                keys = torch.tensor([_key(images[index].image_id) for index in indices])
+                try:
+                    found = captioner.captions(pixels, search, keys)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    at_once = _smaller(len(indices), captioner.device)
+                    continue
+                captions |= zip((images[i].image_id for i in indices), found, strict=True)
+                done += len(indices)
+                bar.update(len(indices))
+    return captions, failed
+
+
+def _fitting(captioner: Captioner, search: SearchConfig) -> int:
+    """Return how many images at a time should fit into memory, roughly."""
+    model = captioner.model
+    pixels = 3 * model.encoder.preprocessing.image_size**2
+    regions, width = model.encoder.grid_shape
+    forced = sum(len(model.vocabulary.encode(phrase)) for phrase in search.forced)
+    beams = max(search.beam_size * (1 + forced), search.samples)
+    # What a CNN's widest layers hold; scores of all words; what attention makes of the regions.
+    each = 200 * pixels + beams * (16 * len(model.vocabulary) + 8 * regions * width)
+    most = 256 if captioner.device.type == "cuda" else 128
+    return max(1, min(most, free_memory(captioner.device) // (4 * each)))
+
+
+def _smaller(at_once: int, device: torch.device) -> int:
+    if at_once == 1:
+        raise CaptionerError(f"{device} has too little memory for one image: take a smaller beam")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    say(f"warning: out of memory with {at_once} images at a time: going on with {at_once // 2}")
+    return at_once // 2
+
+
+def _key(image_id: ImageId) -> int:
+    """Return a number that is the image's own."""
+    return zlib.crc32(str(image_id).encode("utf-8", "surrogatepass"))

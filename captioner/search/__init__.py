@@ -1,0 +1,1 @@
+"""Finding captions over a step function: beam search, sampling, constraints, ensembles."""

@@ -1,0 +1,1 @@
+"""Training: from an experiment's config to a checkpoint."""

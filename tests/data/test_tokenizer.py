@@ -1,0 +1,129 @@
+import gzip
+import json
+import shutil
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioner.data.tokenizer import _scan, tokenize
+from captioner.metrics.official import java_tokenize
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).with_name("golden_tokens.jsonl")
+SHARED = ROOT.parent / "shared"
+CAPTIONS = {
+    "flickr8k_train": "flickr8k/annotations/captions_train.json",
+    "flickr8k_val": "flickr8k/annotations/captions_val.json",
+    "coco_mini_train": "coco_mini/annotations/captions_train2017.json",
+    "coco_mini_val": "coco_mini/annotations/captions_val2017.json",
+}
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "metrics/official_tokens.json.gz").exists(), reason="no ../shared here"
+)
+needs_java = pytest.mark.skipif(
+    shutil.which("java") is None or find_spec("pycocoevalcap") is None,
+    reason="needs Java and pycocoevalcap",
+)
+
+
+def golden():
+    return [json.loads(line) for line in GOLDEN.read_text(encoding="utf-8").splitlines()]
+
+
+def joined(caption, following=""):
+    return " ".join(tokenize(caption, following))
+
+
+def test_golden_file_of_hard_text():
+    pairs = golden()
+    wrong = [(text, joined(text), tokens) for text, tokens in pairs if joined(text) != tokens]
+    assert len(pairs) > 900
+    assert not wrong, wrong[:10]
+
+
+@needs_java
+def test_golden_file_is_what_java_says():
+    pairs = golden()
+    assert [" ".join(words) for words in java_tokenize([text for text, _ in pairs])] == [
+        tokens for _, tokens in pairs
+    ]
+
+
+@pytest.fixture(scope="module")
+def official():
+    with gzip.open(SHARED / "metrics/official_tokens.json.gz", "rt", encoding="utf-8") as file:
+        return json.load(file)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_every_caption_at_hand(official, name):
+    content = json.loads((SHARED / "data" / CAPTIONS[name]).read_text(encoding="utf-8"))
+    captions = content["annotations"]
+    assert len(captions) == len(official[name])
+    wrong = [c for c in captions if joined(c["caption"]) != official[name][str(c["id"])]]
+    assert not wrong
+
+
+@needs_shared
+def test_a_training_set_takes_a_moment():
+    path = SHARED / "data" / CAPTIONS["flickr8k_train"]
+    captions = [c["caption"] for c in json.loads(path.read_text())["annotations"]]
+    start = time.perf_counter()
+    for caption in captions:
+        tokenize(caption)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("A man's dog can't run.", "a man 's dog ca n't run"),
+        ("Two boys, 22 3/4 years old!", "two boys 22\xa03/4 years old"),
+        ("St. James (left) cannot", "st. james -lrb- left -rrb- can not"),
+        ("\tline\u2028break\r\n", "line break"),
+        ("", ""),
+        (" . ", ""),
+        ("“hi” ‘there’ 👍🏽", "hi there"),
+    ],
+)
+def test_examples(caption, words):
+    assert joined(caption) == words
+
+
+def test_the_next_caption_decides_about_a_single_letter_at_the_end():
+    assert joined("plan D.") == "plan d."
+    assert joined("plan D.", "The dog runs") == "plan d"
+    assert joined("plan D.", "Dogs run") == "plan d."
+
+
+SNIPPETS = "a dog can't st. 3/4 'em U.S. x-ray (hi) “q” 5:54pm ... & 猫"
+WORDS = st.sampled_from(SNIPPETS.split())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(WORDS, max_size=8))
+def test_plain_captions_take_the_short_way_to_the_same_words(words):
+    assert tokenize(" ".join(words)) == _scan(" ".join(words))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=80))
+def test_no_text_crashes_it_and_tokens_hold_no_space(text):
+    for token in tokenize(text):
+        assert token
+        assert " " not in token
+        assert "\n" not in token
+
+
+@pytest.mark.parametrize(
+    "part", ["a", "a-", "1.", ". ", "a@", "a,", "<a ", "é.", "'", "a/", "(", "1 "]
+)
+def test_long_text_takes_time_in_proportion(part):
+    start = time.perf_counter()
+    tokenize(part * (50_000 // len(part)))
+    assert time.perf_counter() - start < 10

@@ -1,0 +1,201 @@
+"""The studies of recurrence: their problems are what they say, and each runs through."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from captioner.models.recurrent import RecurrentStack
+from experiments.recurrence import memory, sequences
+from experiments.recurrence.__main__ import STUDIES, main
+from experiments.recurrence.study import Setting, fit, table, write_page
+
+ROOT = Path(__file__).parents[2]
+FLICKR8K = ROOT.parent / "shared/data/flickr8k"
+WEIGHTS = ROOT.parent / "shared/weights/mobilenet_v2_imagenet.pth"
+GENERATED = ["time_series", "gradient_distance", "exploding", "adding", "truncation", "cost"]
+OF_CAPTIONS = ["one_to_one", "many_to_one", "unshuffle", "next_word", "captioning"]
+
+
+# --- problems -----------------------------------------------------------------------------------
+
+
+def test_adding_problem():
+    x, y = memory.adding_problem(500, 20, torch.Generator().manual_seed(0))
+    assert x.shape == (500, 20, 2)
+    assert torch.equal(x[..., 1].sum(1), torch.full((500,), 2.0))
+    assert torch.equal(x[:, :10, 1].sum(1), torch.ones(500))
+    torch.testing.assert_close(y, (x[..., 0] * x[..., 1]).sum(1, keepdim=True))
+    assert float((y - 1).square().mean()) == pytest.approx(1 / 6, abs=0.02)
+
+
+def test_recall_problem():
+    x, first = memory.recall_problem(300, 7, torch.Generator().manual_seed(0))
+    assert x.shape == (300, 8, 16)
+    symbols = x.argmax(2)
+    assert torch.equal(symbols[:, 0], first)
+    assert int(symbols[:, 1:].min()) == 8
+    assert set(first.tolist()) == set(range(8))
+
+
+def test_mackey_glass_follows_its_equation():
+    """A finer method by hand, from the same past, stays near over some steps."""
+    x = sequences.mackey_glass(200, 0)
+    assert 0.2 < x.min() < 0.6
+    assert 1.1 < x.max() < 1.5
+    assert np.array_equal(x, sequences.mackey_glass(200, 0))
+    slope = (x[2:] - x[:-2]) / 2
+    late, now = x[1 : 1 + 180 - 17], x[18 : 18 + 180 - 17]
+    expected = 0.2 * late / (1 + late**10) - 0.1 * now
+    np.testing.assert_allclose(slope[17 : 17 + len(expected)], expected, atol=0.012)
+
+
+def test_shuffled_rows_come_back_in_order():
+    captions = [[4, 5, 6, 7], [8, 9], [5, 5, 4]]
+    token_ids, lengths, order = sequences._shuffled_rows(captions, np.random.default_rng(0))
+    assert lengths.tolist() == [4, 2, 3]
+    back = token_ids.gather(1, order)
+    assert [row[:n].tolist() for row, n in zip(back, lengths, strict=True)] == captions
+    assert all(sorted(row.tolist()) == [0, 1, 2, 3] for row in order)
+
+
+def test_a_bag_of_words_sees_no_order():
+    torch.manual_seed(0)
+    token_ids, lengths = torch.tensor([[4, 5, 6, 0]]), torch.tensor([3])
+    other = torch.tensor([[6, 4, 5, 0]])
+    for cell in ("", "lstm"):
+        model = sequences._Reader(cell, 9)
+        same = torch.allclose(model(token_ids, lengths), model(other, lengths), atol=1e-6)
+        assert same == (cell == "")
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [("bag", ""), ("bag", "lstm"), ("gru", "gru")])
+def test_unshuffling_says_each_word_once_and_learns_what_it_is_trained_for(encoder, decoder):
+    torch.manual_seed(0)
+    model = sequences._Unshuffler(encoder, decoder, 12, width=24)
+    captions = [[4, 5, 6, 7], [8, 9], [5, 10, 11, 5, 4]]
+    rows = sequences._shuffled_rows(captions, np.random.default_rng(1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    history = fit(model, lambda _: model.loss(*rows), 60, optimizer)
+    assert history.losses[-1] < 0.1 < history.losses[0]
+    said = model.order(*rows[:2])
+    assert [sorted(row.tolist()) for row in said] == [sorted(row.tolist()) for row in rows[0]]
+    assert [row[: len(c)].tolist() for row, c in zip(said, captions, strict=True)] == captions
+
+
+def test_counted_models_by_hand():
+    found = sequences._counted([[1, 4, 2], [1, 4, 2]], [[1, 4, 2]], 6)
+    unigram = 3 / 10  # 2 of 4 tokens, one added to each of 6 words
+    assert found["unigram"] == pytest.approx(1 / unigram)
+    assert found["bigram"] == pytest.approx(1 / (0.8 + 0.2 * unigram))
+
+
+# --- training and tables ------------------------------------------------------------------------
+
+
+def test_fit_stops_at_a_loss_that_is_none_and_clips():
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def loss_of(step: int) -> torch.Tensor:
+        return 100 * model(torch.ones(1, 1)).sum() * (math.nan if step == 1 else 1)
+
+    history = fit(model, loss_of, 5, optimizer, clip=0.5)
+    assert len(history.losses) == 2
+    assert history.diverged
+    assert history.norms[0] == pytest.approx(math.hypot(100, 100))
+    moved = [a - b for a, b in zip(before, model.parameters(), strict=True)]
+    assert math.hypot(*(each.item() for each in moved)) == pytest.approx(0.5)
+
+
+def test_table_is_mean_and_deviation_over_seeds():
+    records = [
+        {"model": "a", "seed": 0, "score": 1.0, "weights": 1200},
+        {"model": "a", "seed": 1, "score": 3.0, "weights": 1200},
+        {"model": "b", "seed": 0, "score": None, "weights": None},
+    ]
+    lines = table(records, ("model",), ("score", "weights")).splitlines()
+    assert lines[0] == "| model | score | weights | runs |"
+    assert lines[2] == "| a | 2 ± 1.41 | 1,200 | 2 |"
+    assert lines[3] == "| b | - | - | 1 |"
+
+
+def test_kept_for_backward_counts_every_tensor_once():
+    from experiments.recurrence.cost import _kept_for_backward
+
+    x = torch.randn(4, 10, 8, requires_grad=True)
+    sizes = [_kept_for_backward(RecurrentStack("rnn_tanh", 8, 8), x[:, :t]) for t in (5, 10)]
+    assert sizes[1] > sizes[0] >= 4 * 5 * 8 * 4
+
+
+# --- whole studies ------------------------------------------------------------------------------
+
+
+def check(output: Path, names: list[str]) -> None:
+    page = (output / "README.md").read_text()
+    for name in names:
+        content = json.loads((output / "results" / f"{name}.json").read_text())
+        assert content["quick"]
+        assert content["records"]
+        assert table(content["records"], STUDIES[name].keys, STUDIES[name].values) in page
+        with Image.open(output / "results" / f"{name}.png") as picture:
+            assert picture.width > 300
+        assert f"(results/{name}.png)" in page
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_studies_of_generated_sequences_run_through(name, tmp_path):
+    argv = [name, "--quick", "--output", str(tmp_path), "--wandb", "disabled"]
+    assert main(argv) == 0
+    check(tmp_path, [name])
+
+
+def test_studies_of_captions_run_through(tmp_path, monkeypatch):
+    """Each study on 96 photographs; the second time, captioning's runs are there already."""
+    if not FLICKR8K.exists():
+        pytest.skip(f"{FLICKR8K} isn't there")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    argv = ["--quick", "--output", str(tmp_path), "--wandb", "disabled"]
+    argv += ["--data", str(FLICKR8K), "--weights", str(WEIGHTS)]
+    for name in [*OF_CAPTIONS, "captioning"]:
+        assert main([name, *argv]) == 0
+    check(tmp_path, OF_CAPTIONS)
+    records = json.loads((tmp_path / "results/many_to_one.json").read_text())["records"]
+    assert next(r for r in records if r["model"] == "bag of words")["accuracy"] == 0.5
+
+
+def test_a_page_that_is_written_again_keeps_what_was_seen(tmp_path, monkeypatch):
+    from experiments.recurrence import study
+
+    monkeypatch.setattr(study, "FINDINGS", tmp_path / "findings")
+    setting = Setting(tmp_path, quick=True, wandb="disabled")
+    assert main(["cost", "--quick", "--output", str(tmp_path), "--wandb", "disabled"]) == 0
+    (tmp_path / "findings").mkdir()
+    (tmp_path / "findings/cost.md").write_text("The GRU is no cheaper.\n")
+    for _ in range(2):
+        write_page(STUDIES, replace(setting))
+        assert "**Seen.** The GRU is no cheaper." in (tmp_path / "README.md").read_text()
+
+
+def test_every_study_is_here_and_says_what_it_asks():
+    assert sorted(STUDIES) == sorted([*GENERATED, *OF_CAPTIONS])
+    for study in STUDIES.values():
+        title, _, asked = (study.measure.__doc__ or "").partition("\n")
+        assert title
+        assert len(asked.split()) > 20
+
+
+def test_missing_data_is_one_line(tmp_path, capsys):
+    argv = ["next_word", "--quick", "--output", str(tmp_path), "--wandb", "disabled"]
+    assert main([*argv, "--data", str(tmp_path / "nowhere")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match("error: .*nowhere", error)

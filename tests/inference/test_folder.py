@@ -1,0 +1,333 @@
+"""Captioning a folder, through its command."""
+
+import ast
+import csv
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import draw
+
+from captioner.commands import evaluate
+from captioner.commands.caption import main
+from captioner.data.predictions import read_results
+from captioner.inference.folder import caption_files, find_images
+
+ODD_NAMES = {
+    "été/cliché déjà vu.png": ("red", "disc"),
+    "a, b; \"c\" 'd'.png": ("blue", "square"),
+    "two\nlines.png": ("yellow", "square"),
+    "猫 😺.PNG": ("lime", "disc"),
+    "deep/er/still/x.y.png": ("blue", "disc"),
+    "=1+1.png": ("red", "square"),
+}
+WORDS = {
+    ("red", "disc"): "a red disc on white",
+    ("blue", "square"): "a blue square",
+    ("yellow", "square"): "a yellow square",
+    ("lime", "disc"): "a bright green disc",
+    ("blue", "disc"): "a blue disc",
+    ("red", "square"): "a red square",
+}
+
+
+def run(checkpoint: Path, folder: Path, output: Path, *options: object) -> int:
+    words = [checkpoint, folder, "--output", output, "--device", "cpu", "--workers", 0, *options]
+    return main([str(word) for word in words])
+
+
+@pytest.fixture
+def odd_folder(tmp_path):
+    """Names of all kinds, folders in folders, hidden files, other files."""
+    folder = tmp_path / "odd names"
+    for name, drawing in ODD_NAMES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        draw(*drawing).save(folder / name, format="png")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "._été.png").write_bytes(b"a macOS companion file")
+    (folder / ".git").mkdir()
+    draw("red", "disc").save(folder / ".git" / "hidden.png")
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".JSON"])
+def test_each_format_holds_every_name_and_caption(checkpoint, odd_folder, tmp_path, suffix, capsys):
+    output = tmp_path / "new folder" / f"captions{suffix}"
+    assert run(checkpoint, odd_folder, output) == 0
+    found = read_results(output)
+    assert found == {name: WORDS[drawing] for name, drawing in ODD_NAMES.items()}
+    said = capsys.readouterr()
+    assert said.out == f"6 captions in {output}\n"
+    assert "2 files are passed over" in said.err
+
+
+def test_columns_of_the_formats(checkpoint, drawn, tmp_path):
+    for suffix in (".json", ".jsonl", ".csv"):
+        run(checkpoint, drawn.images, tmp_path / f"c{suffix}")
+    rows = json.loads((tmp_path / "c.json").read_text())
+    assert all(row.keys() == {"image_id", "caption"} for row in rows)  # as COCO's server wants it
+    lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    with open(tmp_path / "c.csv", newline="", encoding="utf-8") as file:
+        cells = list(csv.DictReader(file))
+    assert lines == cells
+    assert [row["file_name"] for row in lines] == list(drawn.captions)
+    assert [row["caption"] for row in lines] == list(drawn.captions.values())
+
+
+def test_unreadable_files_are_named_and_the_rest_is_there(checkpoint, drawn, tmp_path, capsys):
+    folder, output = tmp_path / "some bad", tmp_path / "captions.json"
+    shutil.copytree(drawn.images, folder)
+    cut, empty, text = (folder / name for name in ("cut.png", "empty.jpg", "text.jpeg"))
+    cut.write_bytes((folder / "04_blue_disc.png").read_bytes()[:60])
+    empty.write_bytes(b"")
+    text.write_text("not an image")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "gone.png").symlink_to("nothing.png")
+    assert run(checkpoint, folder, output, "--batch-size", 2, "--workers", 1) == 3
+    assert read_results(output) == drawn.captions
+    errors = capsys.readouterr().err
+    for name in ("cut.png", "empty.jpg", "text.jpeg", "loop.png", "gone.png"):
+        assert errors.count(f"warning: {folder / name}: ") == 1
+    last = errors.splitlines()[-1]
+    assert last.startswith("5 of 13 images could not be read: cut.png, ")
+
+
+def test_a_folder_of_bad_images_alone(checkpoint, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"\xff\xd8\xff")
+    assert run(checkpoint, tmp_path / "bad", tmp_path / "captions.csv") == 3
+    assert read_results(tmp_path / "captions.csv") == {}
+
+
+@pytest.mark.parametrize("case", ["no folder", "a file", "empty", "no image"])
+def test_nothing_to_caption_is_an_error(checkpoint, tmp_path, capsys, case):
+    folder, output = tmp_path / "folder", tmp_path / "captions.json"
+    if case == "a file":
+        folder.write_text("")
+    elif case != "no folder":
+        folder.mkdir()
+    if case == "no image":
+        (folder / "a.txt").write_text("")
+        (folder / ".b.png").write_text("")
+    assert run(checkpoint, folder, output) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder}: no ")
+    assert error.count("\n") == 1
+    assert not output.exists()
+
+
+def test_subfolders_that_cannot_be_read_are_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "shut").mkdir()
+    draw("red", "disc").save(tmp_path / "open" / "a.png")
+
+    def scandir(path, scandir=os.scandir):  # root may read everything, so refuse it here
+        if Path(path).name == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [image.name for image in find_images(tmp_path)] == ["open/a.png"]
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'shut'}: this folder can't be read (Permission denied)" in error
+
+
+# --- with --annotations -----------------------------------------------------------------------
+
+
+def test_annotations_choose_the_images_and_their_ids(checkpoint, drawn, tmp_path):
+    content = json.loads(drawn.annotations.read_text())
+    content["images"] = content["images"][5:1:-1]  # some, in another order
+    kept = [image["id"] for image in content["images"]]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    some = tmp_path / "some.json"
+    some.write_text(json.dumps(content))
+    output = tmp_path / "captions.json"
+    assert run(checkpoint, drawn.images, output, "--annotations", some) == 0
+    expected = {i["id"]: drawn.captions[i["file_name"]] for i in content["images"]}
+    assert list(read_results(output).items()) == list(expected.items())
+
+    for entry in (*content["images"], *content["annotations"]):
+        key = "image_id" if "image_id" in entry else "id"
+        entry[key] = f"img-{entry[key]:04}"
+    some.write_text(json.dumps(content))
+    assert run(checkpoint, drawn.images, output, "--annotations", some) == 0
+    assert list(read_results(output)) == [f"img-{number:04}" for number in expected]
+
+
+def test_results_are_evaluated_as_they_are(checkpoint, drawn, tmp_path, capsys):
+    for suffix in (".json", ".jsonl", ".csv"):
+        output, scores = tmp_path / f"captions{suffix}", tmp_path / "scores.json"
+        assert run(checkpoint, drawn.images, output, "--annotations", drawn.annotations) == 0
+        words = ["--references", drawn.annotations, "--hypotheses", output, "--output", scores]
+        assert evaluate.main([str(word) for word in words]) == 0
+        found = json.loads(scores.read_text())
+        assert found["BLEU-1"] == pytest.approx(1.0)
+        assert found["images"] == 8
+    assert "BLEU-4" in capsys.readouterr().out
+
+
+def test_listed_but_missing_images_are_named(checkpoint, drawn, tmp_path, capsys):
+    content = json.loads(drawn.annotations.read_text())
+    content["images"].append({"id": 999, "file_name": "not here.jpg"})
+    listed, output = tmp_path / "listed.json", tmp_path / "captions.json"
+    listed.write_text(json.dumps(content))
+    assert run(checkpoint, drawn.images, output, "--annotations", listed) == 3
+    assert len(read_results(output)) == 8
+    error = capsys.readouterr().err
+    assert f"{drawn.images / 'not here.jpg'}: no such file" in error
+    assert "1 of 9 images could not be read: not here.jpg" in error
+
+
+def test_a_split_of_csv_annotations(checkpoint, drawn, tmp_path, capsys):
+    rows = [
+        f"{name},{text},{'test' if 'disc' in name else 'train'}"
+        for name, text in drawn.captions.items()
+    ]
+    listed, output = tmp_path / "captions.csv", tmp_path / "out.json"
+    listed.write_text("\n".join(["image,caption,split", *rows]))
+    options = ["--annotations", listed, "--split"]
+    assert run(checkpoint, drawn.images, output, *options, "test") == 0
+    assert read_results(output) == {n: t for n, t in drawn.captions.items() if "disc" in n}
+    assert run(checkpoint, drawn.images, output, *options, "tset") == 1
+    assert "did you mean 'test'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"images": []}, "it lists no images"),
+        ({"images": [{"id": 3}, {"id": 4, "file_name": "a.png"}]}, r"1 images .* \(ids 3\)"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_annotations_that_list_nothing(checkpoint, drawn, tmp_path, capsys, content, expected):
+    listed = tmp_path / "listed.json"
+    listed.write_text(content if isinstance(content, str) else json.dumps(content))
+    assert run(checkpoint, drawn.images, tmp_path / "o.json", "--annotations", listed) == 1
+    error = capsys.readouterr().err
+    assert re.search(expected, error)
+    assert str(listed) in error
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "expected"),
+    [
+        ("captions.txt", [], "must end in .json, .jsonl or .csv, found '.txt'"),
+        ("captions", [], "must end in .json, .jsonl or .csv, found 'captions'"),
+        ("folder.json", [], "folder.json: this is a folder"),
+        ("taken/captions.json", [], "taken/captions.json: can't be written"),
+        ("new/c.json", ["--split", "test"], "--annotations, which is missing"),
+        ("new/c.json", ["--batch-size", "-1"], "--batch-size: at least 0 was expected, found -1"),
+    ],
+)
+def test_wrong_usage_is_refused_before_any_work(tmp_path, capsys, output, options, expected):
+    """Neither checkpoint nor folder is there: looking for them would be work."""
+    (tmp_path / "taken").write_text("old")
+    (tmp_path / "folder.json").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert run(tmp_path / "none", tmp_path / "none", tmp_path / output, *options) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (["--beam-size", 0], "beam_size: at least 1"),
+        (["--max-length", 0], "max_length: at least 1"),
+        (["--device", "tpu9"], "device 'tpu9' can't be used here"),
+    ],
+)
+def test_impossible_settings_are_one_line(checkpoint, drawn, tmp_path, capsys, option, expected):
+    assert run(checkpoint, drawn.images, tmp_path / "c.json", *option) == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_search_options_reach_the_search(checkpoint, drawn, tmp_path):
+    output = tmp_path / "captions.json"
+    assert run(checkpoint, drawn.images, output, "--max-length", 2, "--beam-size", 1) == 0
+    assert set(read_results(output).values()) == {"a red", "a bright", "a blue", "a yellow"}
+
+
+def test_the_output_appears_whole_or_not_at_all(checkpoint, drawn, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "captions.json"
+    output.write_text("old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run(checkpoint, drawn.images, output) == 1
+    monkeypatch.undo()
+    assert "error: writing: No space left on device" in capsys.readouterr().err
+    assert output.read_text() == "old"
+    (checkpoint / "vocabulary.json").unlink()
+    assert run(checkpoint, drawn.images, output) == 1
+    assert output.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.json", "checkpoint"]
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+from captioner import Captioner
+from captioner.inference.folder import caption_files, find_images
+
+resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))  # a limit, if not yet one to be met
+images = find_images(sys.argv[2])
+captioner = Captioner.from_pretrained(sys.argv[1], "cpu", "float32")
+search = captioner.search(beam_size=8000)
+# All libraries are loaded and ready, and the CNN has met such batches.
+caption_files(captioner, images, captioner.search(beam_size=1), len(images), workers=0)
+caption_files(captioner, images[:1], search, 1, workers=0)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+captions, failed = caption_files(captioner, images, search, len(images), workers=0)
+assert not failed
+print([best[0].text for best in captions.values()])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells how much is used")
+def test_batches_are_halved_where_memory_runs_out(checkpoint, tmp_path, captioner, drawn):
+    """With a real limit on the process's memory."""
+    for number in range(3):
+        for name in drawn.captions:
+            (tmp_path / "images").mkdir(exist_ok=True)
+            shutil.copy(drawn.images / name, tmp_path / "images" / f"{number} {name}")
+    images = find_images(tmp_path / "images")
+    search = captioner.search(beam_size=8000)
+    found, _ = caption_files(captioner, images, search, 4)
+    expected = [best[0].text for best in found.values()]
+
+    def limited(megabytes: int) -> subprocess.CompletedProcess:
+        words = [str(checkpoint), str(tmp_path / "images"), str(megabytes << 20)]
+        return subprocess.run(
+            [sys.executable, "-c", OUT_OF_MEMORY, *words], capture_output=True, text=True
+        )
+
+    ample = limited(4000)
+    assert ample.returncode == 0, ample.stderr
+    assert "out of memory" not in ample.stderr
+    hopeless = limited(20)
+    assert hopeless.returncode == 1
+    assert "CaptionerError: cpu has too little memory for one image" in hopeless.stderr
+    # How much one image needs differs between processors: oneDNN prepares programs for each size.
+    scarce = next(run for run in map(limited, (250, 350, 500)) if run.returncode == 0)
+    assert "warning: out of memory with 24 images at a time: going on with 12" in scarce.stderr
+    assert ast.literal_eval(ample.stdout) == ast.literal_eval(scarce.stdout) == expected

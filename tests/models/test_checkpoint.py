@@ -1,0 +1,335 @@
+"""Checkpoints: whole round trips, nothing run on loading, damage named in one line."""
+
+import functools
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from captioner.config import DecoderConfig, SearchConfig
+from captioner.errors import CheckpointError
+from captioner.files import atomic_directory, recover_directory
+from captioner.inference.captioner import Captioner
+from captioner.models.captioning_model import CaptionModel, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(directory) in message
+    return message
+
+
+def edit_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content) or content))
+
+
+def test_round_trip(tiny_model, captioner, checkpoint, drawn):
+    loaded = load_checkpoint(checkpoint)
+    for (name, one), (other_name, other) in zip(
+        tiny_model.state_dict().items(), loaded.state_dict().items(), strict=True
+    ):
+        assert name == other_name
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert loaded.vocabulary.words == tiny_model.vocabulary.words
+    assert loaded.encoder.preprocessing == tiny_model.encoder.preprocessing
+    assert loaded.search == tiny_model.search == SearchConfig(3, 8, 0.7)
+    assert not loaded.training
+    captions = Captioner(loaded, "cpu", "float32").caption(drawn.paths)
+    assert captions == captioner.caption(drawn.paths) == list(drawn.captions.values())
+
+
+@pytest.mark.parametrize("kind", ["show_and_tell", "show_attend_tell"])
+def test_checkpoints_from_before_the_recurrent_stack_load(tiny_model, tmp_path, kind):
+    """They lack the newer settings, and name the fused weights without ``fused``."""
+    config = DecoderConfig(kind, "gru", 2, 8, 9, 7)
+    model = CaptionModel(tiny_model.encoder, config, tiny_model.vocabulary, tiny_model.search)
+    save_checkpoint(model, tmp_path, {})
+
+    def forget(content):
+        for name in ("recurrent_initialisation", "forget_bias"):
+            del content["decoder"][name]
+
+    edit_json(tmp_path / "config.json", forget)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    old = {name.replace(".fused.", "."): tensor for name, tensor in tensors.items()}
+    assert (old.keys() == tensors.keys()) == (kind == "show_attend_tell")
+    safetensors.torch.save_file(old, path)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.decoder.config == config
+    for one, other in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_needs_nothing_but_its_directory(checkpoint, drawn, tmp_path):
+    """Moved, read in another process, in another working directory, the original gone."""
+    moved = tmp_path / "elsewhere" / "model"
+    moved.parent.mkdir()
+    shutil.move(checkpoint, moved)
+    code = (
+        "import sys; from captioner import Captioner;"
+        "print(Captioner.from_pretrained('model', device='cpu').caption(sys.argv[1]))"
+    )
+    name, caption = list(drawn.captions.items())[3]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(drawn.images / name)],
+        cwd=moved.parent,
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{caption}\n"
+
+
+def test_saving_a_loaded_checkpoint_gives_the_same_bytes(checkpoint, tmp_path):
+    again = tmp_path / "again"
+    again.mkdir()
+    save_checkpoint(load_checkpoint(checkpoint), again, {"BLEU-4": 1.0})
+    for path in checkpoint.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "vocabulary.json",
+    }
+
+
+def test_vocabulary_and_preprocessing_come_from_the_checkpoint(checkpoint, drawn):
+    name = "02_lime_disc.png"
+    assert Captioner.from_pretrained(checkpoint, "cpu").caption(drawn.images / name) == (
+        "a bright green disc"
+    )
+    path = checkpoint / "vocabulary.json"
+    edit_json(path, lambda words: ["grass-coloured" if word == "green" else word for word in words])
+    loaded = Captioner.from_pretrained(checkpoint, "cpu", "float32")
+    assert loaded.caption(drawn.images / name) == "a bright grass-coloured disc"
+
+    preprocessing = loaded.model.encoder.preprocessing
+    assert (preprocessing.resize, preprocessing.image_size) == ("squash", 48)
+    assert loaded.model.encoder.mean.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+
+    def change_preprocessing(config):
+        changed = config["encoder"]["preprocessing"]
+        changed["image_size"] = 32
+        changed["mean"] = [0.9, 0.9, 0.1]
+
+    edit_json(checkpoint / "config.json", change_preprocessing)
+    other = load_checkpoint(checkpoint)
+    assert other.encoder.preprocessing.image_size == 32
+    pixels = torch.zeros(1, 3, 48, 48, dtype=torch.uint8)
+    assert not torch.equal(other.encoder(pixels), loaded.model.encoder(pixels))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "vocabulary.json"])
+def test_missing_file(checkpoint, name):
+    (checkpoint / name).unlink()
+    message = refusal(checkpoint)
+    assert f"{name}: no such file" in message
+
+
+def test_missing_directory_and_a_file_in_its_place(tmp_path):
+    assert "no such checkpoint directory" in refusal(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    assert "no such checkpoint directory" in refusal(tmp_path / "file")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_cut_short_weights(checkpoint, share):
+    path = checkpoint / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    assert "model.safetensors: not a safetensors file, or cut short" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocabulary.json"])
+def test_cut_short_json(checkpoint, name):
+    path = checkpoint / name
+    path.write_bytes(path.read_bytes()[:-20])
+    assert f"{name}: can't be read" in refusal(checkpoint)
+
+
+class Trap:
+    """Unpickled, it makes a file: proof that code ran."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("write", "run"),
+    [(pickle.dump, pickle.load), (torch.save, functools.partial(torch.load, weights_only=False))],
+)
+def test_a_booby_trapped_pickle_is_refused_and_not_run(checkpoint, tmp_path, write, run):
+    sprung = tmp_path / "sprung"
+    path = checkpoint / "model.safetensors"
+    with open(path, "wb") as file:
+        write({"decoder.output.bias": Trap(sprung)}, file)
+    assert "other formats are refused because they can run code" in refusal(checkpoint)
+    assert not sprung.exists()
+    # The trap does work: whoever unpickles the file runs its code.
+    with open(path, "rb") as file:
+        run(file)
+    assert sprung.exists()
+
+
+def drop(key):
+    return lambda content: content.pop(key) and None
+
+
+def change(*keys, to):
+    def apply(content):
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = to
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (change("format", to=2), "checkpoint format 1 was expected, found 2"),
+        (drop("format"), "checkpoint format 1 was expected, found None"),
+        (change("decoder", "hidden_sise", to=3), "unknown key 'hidden_sise'; did you mean"),
+        (change("search", "beams", to=3), "unknown key 'beams'"),
+        (change("decoder", "hidden_size", to="32"), "hidden_size: .*found '32'"),
+        (change("decoder", "hidden_size", to=33), "doesn't fit config.json"),
+        (change("decoder", "kind", to="show_and_tell"), "doesn't fit config.json"),
+        (change("search", "beam_size", to=0), "beam_size: at least 1 was expected, found 0"),
+        (drop("decoder"), "'decoder' is missing"),
+        (change("encoder", to=[]), "config.json: "),
+        (change("encoder", "name", to="squeezenet1_9"), "no CNN 'squeezenet1_9'; did you mean"),
+        (change("encoder", "preprocessing", "image_size", to=-1), "config.json: "),
+        (change("encoder", "preprocessing", "mean", to=[0.5]), "config.json: "),
+        (change("encoder", "preprocessing", "crop", to=1), "unknown key 'crop'"),
+        (lambda _: ["not", "an", "object"], "a JSON dict was expected"),
+    ],
+)
+def test_a_config_that_does_not_fit(checkpoint, edit, expected):
+    edit_json(checkpoint / "config.json", edit)
+    with pytest.raises(CheckpointError, match=expected):
+        load_checkpoint(checkpoint)
+    refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda words: [*words, "zebra"], "doesn't fit config.json"),
+        (lambda words: words[:-1], "doesn't fit config.json"),
+        (lambda words: [*words[:-1], words[-2]], "vocabulary.json: .*no word twice"),
+        (lambda words: words[1:], "vocabulary.json: .*must begin with <pad> <bos> <eos> <unk>"),
+        (lambda words: [*words[:-1], 5], "a list of words was expected"),
+        (lambda words: {"words": words}, "a JSON list was expected"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit(checkpoint, edit, expected):
+    edit_json(checkpoint / "vocabulary.json", edit)
+    with pytest.raises(CheckpointError, match=expected):
+        load_checkpoint(checkpoint)
+    refusal(checkpoint)
+
+
+def test_weights_that_are_not_all_there(checkpoint):
+    path = checkpoint / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    del tensors["decoder.output.bias"]
+    safetensors.torch.save_file(tensors, path)
+    message = refusal(checkpoint)
+    assert "decoder.output.bias" in message
+    path.unlink()
+    path.mkdir()
+    refusal(checkpoint)
+
+
+# --- written whole or not at all --------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from captioner.files import atomic_directory
+
+renames = 0
+
+def rename(*paths, rename=os.rename):
+    global renames
+    if renames == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    renames += 1
+    rename(*paths)
+
+os.rename = rename
+with atomic_directory(sys.argv[1]) as aside:
+    (aside / "version").write_text("new")
+"""
+
+
+def kill_while_writing(path: Path, renames: int) -> None:
+    """Really kill a process that replaces a directory, after so many of its renames."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), str(renames)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_killed_while_replacing_leaves_the_old_one(tmp_path, renames):
+    path = tmp_path / "best"
+    path.mkdir()
+    (path / "version").write_text("old")
+    kill_while_writing(path, renames)
+    assert path.exists() == (renames == 0)  # between the renames it is out of the way
+    recover_directory(path)
+    assert (path / "version").read_text() == "old"
+    with atomic_directory(path) as aside:
+        (aside / "version").write_text("newer")
+    assert (path / "version").read_text() == "newer"
+
+
+def test_killed_before_there_was_one(tmp_path):
+    kill_while_writing(tmp_path / "best", 0)
+    recover_directory(tmp_path / "best")
+    assert not (tmp_path / "best").exists()
+
+
+def test_a_checkpoint_is_loaded_after_a_kill_between_the_renames(checkpoint, tiny_model):
+    kill_while_writing(checkpoint, 1)
+    assert not checkpoint.exists()
+    assert load_checkpoint(checkpoint).vocabulary.words == tiny_model.vocabulary.words
+    assert checkpoint.exists()
+
+
+def test_an_error_while_writing_leaves_the_old_one_and_no_remains(tmp_path):
+    path = tmp_path / "best"
+    with atomic_directory(path) as aside:
+        (aside / "version").write_text("old")
+
+    def fail():
+        with atomic_directory(path) as aside:
+            (aside / "version").write_text("new")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        fail()
+    assert (path / "version").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,353 @@
+"""The recurrent stack against its equations, and the equations against torch and by hand."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from captioner.models.recurrent import (
+    CELLS,
+    INITIALISATIONS,
+    STEPS,
+    RecurrentStack,
+    StepCells,
+    gradient_norms,
+    states_of,
+    traced,
+)
+
+GATES = {
+    "lstm": ["input", "forget", "candidate", "output"],
+    "gru": ["reset", "update", "candidate"],
+    "rnn_tanh": [],
+    "rnn_relu": [],
+}
+LENGTHS = torch.tensor([6, 2, 4])
+# How near the reference must be to torch's fused cells, in output and gradient.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def make(cell: str, layers: int = 1, dtype: torch.dtype = torch.float64, **settings):
+    """Return a stack D 5, H 7 that gives all there is, its biases away from 0."""
+    torch.manual_seed(layers)
+    settings = {"return_sequences": True, "return_state": True} | settings
+    stack = RecurrentStack(cell, 5, 7, layers, **settings).to(dtype)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return stack
+
+
+def start_of(stack: RecurrentStack, rows: int = 3, seed: int = 5):
+    dtype = stack.fused.weight_hh_l0.dtype
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(stack.depth, rows, 7, dtype=dtype, generator=generator, requires_grad=True)
+        for _ in range(states_of(stack.cell))
+    )
+
+
+def input_of(dtype: torch.dtype, steps: int = 6):
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(3, steps, 5, dtype=dtype, generator=generator, requires_grad=True)
+
+
+def dot(numbers: list[float], others: list[float]) -> float:
+    return math.fsum(a * b for a, b in zip(numbers, others, strict=True))
+
+
+def gradients(outputs, state, wanted):
+    """Return the gradients of a sum that no two numbers share a weight in."""
+    parts = [outputs, *state]
+    weights = [torch.linspace(-1, 2, p.numel(), dtype=p.dtype).view_as(p).sin() for p in parts]
+    total = sum((p * w).sum() for p, w in zip(parts, weights, strict=True))
+    return torch.autograd.grad(total, wanted)
+
+
+# --- the fused stack and the reference ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "padded"])
+@pytest.mark.parametrize(("cell", "layers"), list(product(CELLS, [1, 2])))
+def test_reference_equals_fused_in_output_and_gradient(cell, layers, lengths, dtype):
+    stack, x = make(cell, layers, dtype), input_of(dtype)
+    start = start_of(stack)
+    outputs, state = stack(x, start, lengths)
+    seen = stack.unroll(x, start, lengths)
+    close = {"rtol": 0, "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(seen.outputs, outputs, **close)
+    torch.testing.assert_close(seen.state, state, **close)
+    wanted = [x, *start, *stack.parameters()]
+    expected = gradients(outputs, state, wanted)
+    found = gradients(seen.outputs, seen.state, wanted)
+    scale = max(1.0, *(float(g.abs().max()) for g in expected))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one / scale, other / scale, **close)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_reference_against_finite_differences(cell):
+    stack, x = make(cell, 2), input_of(torch.float64, steps=4)
+    start = start_of(stack)
+
+    def run(x, *start):
+        seen = stack.unroll(x, start, torch.tensor([4, 1, 3]))
+        return seen.outputs, *seen.state
+
+    assert torch.autograd.gradcheck(run, (x, *start))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gates_are_those_of_the_equations(cell):
+    """The state follows from the gates; the gates follow from the weights, one unit by hand."""
+    stack, x = make(cell), input_of(torch.float64)
+    (gates,) = (seen := stack.unroll(x)).gates
+    assert list(gates) == GATES[cell]
+    h = torch.stack(seen.hidden[0], 1)
+    torch.testing.assert_close(h, seen.outputs)
+    before = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1)
+    if cell == "lstm":
+        i, f, g, o = gates.values()
+        c = torch.zeros_like(i[:, 0])
+        for t in range(6):
+            c = f[:, t] * c + i[:, t] * g[:, t]
+            torch.testing.assert_close(h[:, t], o[:, t] * c.tanh())
+    elif cell == "gru":
+        z, n = gates["update"], gates["candidate"]
+        torch.testing.assert_close(h, (1 - z) * n + z * before)
+    if gates:
+        name, row = ("forget", 7) if cell == "lstm" else ("update", 7)
+        weights = {n: p[row].tolist() for n, p in stack.fused.named_parameters()}
+        by_hand = weights["bias_ih_l0"] + weights["bias_hh_l0"]
+        by_hand += dot(x[1, 3].tolist(), weights["weight_ih_l0"])
+        by_hand += dot(h[1, 2].tolist(), weights["weight_hh_l0"])
+        assert gates[name][1, 3, 0].item() == pytest.approx(1 / (1 + math.exp(-by_hand)), abs=1e-12)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_lengths_are_as_if_each_row_were_alone(cell):
+    stack, x = make(cell, 2), input_of(torch.float64)
+    outputs, state = stack(x, lengths=LENGTHS)
+    for row, length in enumerate(LENGTHS.tolist()):
+        alone, last = stack(x[row : row + 1, :length])
+        torch.testing.assert_close(outputs[row, :length], alone[0])
+        assert not outputs[row, length:].any()
+        for part, expected in zip(state, last, strict=True):
+            torch.testing.assert_close(part[:, row], expected[:, 0])
+
+
+def test_what_is_returned_is_as_in_keras():
+    x = input_of(torch.float64)
+    whole, (h, c) = make("lstm", 2)(x)
+    assert whole.shape == (3, 6, 7)
+    assert h.shape == c.shape == (2, 3, 7)
+    torch.testing.assert_close(h[-1], whole[:, -1])
+    last, _ = make("lstm", 2, return_sequences=False)(x)
+    torch.testing.assert_close(last, whole[:, -1])
+    alone = make("lstm", 2, return_sequences=False, return_state=False)(x, lengths=LENGTHS)
+    torch.testing.assert_close(alone[1], whole[1, 1])
+    assert isinstance(alone, torch.Tensor)
+    for steps in (1, 50):  # the same weights at any length
+        assert make("gru")(input_of(torch.float64, steps))[0].shape == (3, steps, 7)
+
+
+def test_dropout_lies_between_layers_and_only_in_training():
+    x = input_of(torch.float64)
+    one, two = make("gru", 1, dropout=0.5), make("gru", 2, dropout=0.5)
+    for run in ("forward", "unroll"):
+        first = [getattr(stack, run)(x) for stack in (one, two)]
+        second = [getattr(stack, run)(x) for stack in (one, two)]
+        outputs = [
+            [getattr(r, "outputs", r[0] if isinstance(r, tuple) else r) for r in each]
+            for each in (first, second)
+        ]
+        assert torch.equal(outputs[0][0], outputs[1][0])
+        assert not torch.equal(outputs[0][1], outputs[1][1])
+    two.eval()
+    assert torch.equal(two(x)[0], two(x)[0])
+    cells, states = StepCells("gru", 5, 6, 2, 0.5), [(torch.zeros(4, 6),)] * 2
+    x = torch.randn(4, 5)
+    assert not torch.equal(cells(x, states)[0], cells(x, states)[0])
+    cells.eval()
+    assert torch.equal(cells(x, states)[0], cells(x, states)[0])
+
+
+def test_weights_of_the_bare_fused_module_are_read():
+    """Checkpoints were written when a decoder held torch's module itself."""
+    stack = make("lstm", 2)
+    outer = nn.ModuleDict({"recurrence": make("lstm", 2)})
+    outer.load_state_dict({f"recurrence.{n}": p for n, p in stack.fused.state_dict().items()})
+    x = input_of(torch.float64)
+    torch.testing.assert_close(outer["recurrence"](x)[0], stack(x)[0])
+
+
+# --- truncated back-propagation -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "padded"])
+@pytest.mark.parametrize(("cell", "layers"), list(product(CELLS, [1, 2])))
+@pytest.mark.parametrize("window", [1, 2, 4, 6, 9])
+def test_truncation_carries_the_state_and_cuts_the_graph(cell, layers, window, lengths):
+    """Against a hand-cut run of bare torch modules; a window of the length or more is no cut."""
+    stack, x = make(cell, layers), input_of(torch.float64)
+    start = start_of(stack)
+    wanted = [x, *start, *stack.parameters()]
+    whole = stack(x, start, lengths)
+    cut = stack(x, start, lengths, window)
+    torch.testing.assert_close(cut, whole, rtol=0, atol=1e-12)
+    found = gradients(*cut, wanted)
+    seen = stack.unroll(x, start, lengths, window)
+    for one, other in zip(found, gradients(seen.outputs, seen.state, wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+    full = gradients(*whole, wanted)
+    same = all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found, full, strict=True))
+    assert same == (window >= 6)
+    if lengths is None:
+        state = start if cell == "lstm" else start[0]
+        pieces = []
+        for begin in range(0, 6, window):
+            if begin:
+                state = tuple(s.detach() for s in state) if cell == "lstm" else state.detach()
+            piece, state = stack.fused(x[:, begin : begin + window], state)
+            pieces.append(piece)
+        by_hand = gradients(torch.cat(pieces, 1), state if cell == "lstm" else (state,), wanted)
+        for one, other in zip(found, by_hand, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cut_takes_nothing_from_rows_that_have_ended(cell):
+    stack, x = make(cell, 2, return_sequences=False), input_of(torch.float64)
+    h, state = stack(x, None, LENGTHS, 3)
+    together = gradients(h, state, list(stack.parameters()))
+    alone = [stack(x[row : row + 1, :length], None, None, 3) for row, length in enumerate(LENGTHS)]
+    h = torch.cat([last for last, _ in alone])
+    state = [torch.cat(parts, 1) for parts in zip(*(s for _, s in alone), strict=True)]
+    apart = gradients(h, state, list(stack.parameters()))
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+# --- how weights begin ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", INITIALISATIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_initial_weights(cell, name):
+    """What recurs is as the setting says in each gate, biases are 0 but the forget gate's."""
+    stack = RecurrentStack(cell, 5, 8, initialisation=name, forget_bias=2.5)
+    cells = StepCells(cell, 5, 8, 1, 0.0, name, forget_bias=2.5)
+    for weights, *biases in (
+        (stack.fused.weight_hh_l0, stack.fused.bias_ih_l0, stack.fused.bias_hh_l0),
+        (cells.layers[0].weight_hh, cells.layers[0].bias_ih, cells.layers[0].bias_hh),
+    ):
+        for gate in weights.split(8):
+            orthogonal = torch.allclose(gate @ gate.T, torch.eye(8), atol=1e-5)
+            assert orthogonal == (name != "xavier")
+            assert torch.equal(gate, torch.eye(8)) == (name == "identity")
+            if name == "xavier":
+                assert gate.abs().max() <= math.sqrt(6 / 16)
+        expected = torch.zeros(len(biases[0]))
+        if cell == "lstm":
+            expected[8:16] = 2.5
+        torch.testing.assert_close((biases[0] + biases[1]).detach(), expected)
+
+
+def test_an_irnn_remembers_exactly_at_first():
+    """Le et al. 2015: with the identity and no input, h stays what it is, and so does dL/dh."""
+    stack = RecurrentStack("rnn_relu", 5, 8, initialisation="identity", return_state=True)
+    begin = torch.rand(1, 2, 8, requires_grad=True)
+    last, _ = stack(torch.zeros(2, 300, 5), (begin,))
+    assert torch.equal(last, begin[0])
+    assert torch.equal(torch.autograd.grad(last.sum(), begin)[0], torch.ones_like(begin))
+
+
+@pytest.mark.parametrize("bias", [-1.0, 1.0, 4.0])
+def test_the_forget_bias_is_how_slowly_an_lstm_forgets(bias):
+    stack = RecurrentStack("lstm", 5, 8, return_state=True, forget_bias=bias)
+    for parameter in (stack.fused.weight_ih_l0, stack.fused.weight_hh_l0):
+        parameter.data.zero_()
+    _, (_, c) = stack(torch.zeros(1, 10, 5), (torch.zeros(1, 1, 8), torch.ones(1, 1, 8)))
+    torch.testing.assert_close(c, torch.sigmoid(torch.tensor(bias)).expand(1, 1, 8) ** 10)
+
+
+# --- single steps -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cell", "layers"), list(product(CELLS, [1, 2])))
+def test_step_cells_equal_the_fused_sequence(cell, layers):
+    torch.manual_seed(layers)
+    cells = StepCells(cell, 5, 7, layers, dropout=0.0).double()
+    stack = make(cell, layers)
+    with torch.no_grad():
+        for number, layer in enumerate(cells.layers):
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(getattr(stack.fused, f"{name}_l{number}"))
+    x, start = input_of(torch.float64), start_of(stack)
+    states = [tuple(part[number] for part in start) for number in range(layers)]
+    outputs = []
+    for t in range(6):
+        h, states = cells(x[:, t], states)
+        outputs.append(h)
+    torch.testing.assert_close(torch.stack(outputs, 1), stack(x, start)[0], rtol=0, atol=1e-12)
+    assert [len(state) for state in states] == [states_of(cell)] * layers
+
+
+# --- gradient flow ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_traced_is_the_same_run_and_shows_every_step(cell):
+    stack, x = make(cell, 2), input_of(torch.float64)
+    expected, _ = stack(x)
+    with traced(stack) as hidden:
+        outputs, _ = stack(x)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-12)
+    assert [len(layer) for layer in hidden] == [6, 6]
+    torch.testing.assert_close(torch.stack(hidden[1], 1), expected, rtol=0, atol=1e-12)
+    stack(x)
+    assert len(hidden[0]) == 6  # nothing is kept afterwards
+
+
+def test_gradient_norms_by_hand():
+    """h(t) = w h(t-1), one unit: dL/dh(t) is w for each step to the end; nothing beyond a cut."""
+    stack = RecurrentStack("rnn_relu", 1, 1).double()
+    with torch.no_grad():
+        stack.fused.weight_ih_l0.fill_(1.0)
+        stack.fused.weight_hh_l0.fill_(0.5)
+    x = torch.zeros(2, 5, 1, dtype=torch.float64)
+    x[:, 0] = torch.tensor([[1.0], [3.0]])
+    seen = stack.unroll(x)
+    norms = gradient_norms(2 * seen.outputs[:, -1].sum(), seen.hidden)
+    assert norms == [pytest.approx([2 * 0.5**back for back in (4, 3, 2, 1, 0)])]
+    cut = stack.unroll(x, bptt_window=2)  # cut after steps 2 and 4
+    norms = gradient_norms(2 * cut.outputs[:, -1].sum(), cut.hidden)
+    assert norms == [pytest.approx([0, 0, 0, 0, 2])]
+    assert all(parameter.grad is None for parameter in stack.parameters())
+
+
+def test_gradient_norms_are_finite_differences():
+    stack, x = make("lstm"), input_of(torch.float64)
+    seen = stack.unroll(x)
+    found = gradient_norms(seen.outputs[:, -1].square().sum(), seen.hidden)[0]
+
+    def loss(h, c):
+        """Go on from the state after step 3, given there."""
+        outputs, _ = stack(x[:, 3:], (h, c))
+        return outputs[:, -1].square().sum()
+
+    with torch.no_grad():
+        _, (h, c) = stack(x[:, :3])
+        numeric = torch.zeros(3, 7, dtype=torch.float64)
+        for row, unit in product(range(3), range(7)):
+            shift = torch.zeros_like(h)
+            shift[0, row, unit] = 1e-6
+            numeric[row, unit] = (loss(h + shift, c) - loss(h - shift, c)) / 2e-6
+    assert found[2] == pytest.approx(float(numeric.norm(dim=1).mean()), rel=1e-6)
+
+
+def test_every_cell_has_its_equations():
+    assert set(STEPS) == set(CELLS)

@@ -1,0 +1,458 @@
+"""The feature cache: right, quick the second time, and whole whatever happens to it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from captioner.data.images import Preprocessing, load_image
+from captioner.errors import CacheError, ImageError
+from captioner.models.encoder import Encoder
+from captioner.training.feature_cache import cached_features, default_cache_dir, report_failures
+
+CPU = torch.device("cpu")
+SQUEEZENET = Preprocessing("squash", 48, 48)
+COUNT = 70  # three batches of at most 32
+
+
+def make_tiny_encoder(preprocessing=SQUEEZENET, seed=0):
+    torch.manual_seed(seed)
+    return Encoder("squeezenet1_1", preprocessing)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return make_tiny_encoder()
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return draw_images(tmp_path / "images", COUNT)
+
+
+def draw_images(folder, count):
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    paths = [folder / f"é {i}.png" for i in range(count)]
+    for path in paths:
+        Image.fromarray(random.integers(0, 255, (12, 16, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def get(encoder, paths, cache, **options):
+    return cached_features(encoder, paths, cache, CPU, torch.float32, workers=0, **options)
+
+
+def fresh(encoder, paths):
+    pixels = torch.stack([encoder.preprocessing(load_image(path)) for path in paths])
+    return encoder.for_inference(torch.float32)(pixels)
+
+
+def assert_close(found, expected):
+    assert found.dtype == torch.float16
+    assert expected.std() > 0
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def stores(cache):
+    return sorted(path for path in Path(cache).iterdir() if path.is_dir())
+
+
+def only_store(cache):
+    (store,) = stores(cache)
+    return store
+
+
+def rows_on_disk(store):
+    shape = json.loads((store / "meta.json").read_text())["row"]
+    return (store / "features.f16").stat().st_size / (2 * shape[0] * shape[1])
+
+
+def contents(store):
+    return {
+        name: (store / name).read_bytes() for name in ("features.f16", "index.jsonl", "meta.json")
+    }
+
+
+# --- what comes out -------------------------------------------------------------------------
+
+
+def test_cached_features_are_those_of_the_encoder(encoder, paths, tmp_path):
+    features = get(encoder, paths, tmp_path / "cache")
+    assert features.rows.tolist() == list(range(COUNT))
+    assert features.store.shape == (COUNT, *encoder.grid_shape)
+    assert isinstance(features.store, np.memmap)
+    expected = fresh(encoder, paths)
+    assert_close(features.take(range(COUNT)), expected)
+    assert_close(features.take([40, 3, 3]), expected[[40, 3, 3]])
+
+
+def test_pooled_features_are_the_mean_of_the_grid(encoder, paths, tmp_path):
+    pooled = get(encoder, paths[:5], tmp_path / "cache", pooled=True)
+    assert pooled.store.shape == (5, 1, encoder.grid_shape[1])
+    assert_close(pooled.take(range(5)), fresh(encoder, paths[:5]).mean(1, keepdim=True))
+
+
+def test_worker_processes_give_the_same(encoder, paths, tmp_path):
+    one = get(encoder, paths, tmp_path / "one")
+    two = cached_features(encoder, paths, tmp_path / "two", CPU, torch.float32, workers=2)
+    assert np.array_equal(one.store[one.rows], two.store[two.rows])
+
+
+def test_features_beyond_float16_are_cut_to_its_range(paths, tmp_path):
+    encoder = make_tiny_encoder()
+    with torch.no_grad():
+        encoder.cnn.features[12].expand1x1.weight.mul_(1e8)
+    assert fresh(encoder, paths[:2]).max() > 65504
+    found = get(encoder, paths[:2], tmp_path / "cache").take([0, 1])
+    assert found.isfinite().all()
+    assert found.max() == 65504
+
+
+def test_no_images_at_all(encoder, tmp_path):
+    features = get(encoder, [], tmp_path / "cache")
+    assert features.store.shape == (0, *encoder.grid_shape)
+    assert len(features.rows) == 0
+
+
+def test_the_default_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "captioner" / "features"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / ".cache" / "captioner" / "features"
+
+
+# --- what is encoded, and what isn't --------------------------------------------------------
+
+
+def test_the_second_time_nothing_is_encoded(encoder, paths, tmp_path):
+    first = get(encoder, paths, tmp_path / "cache")
+    store = only_store(tmp_path / "cache")
+    before = contents(store)
+    old = time.time_ns() - 10**10
+    for name in before:
+        os.utime(store / name, ns=(old, old))
+    times = {name: (store / name).stat().st_mtime_ns for name in before}
+    assert times["features.f16"] < time.time_ns() - 10**9
+    again = get(encoder, paths[::-1], tmp_path / "cache")
+    assert again.rows.tolist() == first.rows.tolist()[::-1]
+    assert contents(store) == before
+    assert {name: (store / name).stat().st_mtime_ns for name in before} == times
+
+
+def test_only_what_is_new_is_encoded(encoder, paths, tmp_path):
+    get(encoder, paths[:10], tmp_path / "cache")
+    store = only_store(tmp_path / "cache")
+    assert rows_on_disk(store) == 10
+    before = contents(store)
+    features = get(encoder, paths[5:15], tmp_path / "cache")
+    assert rows_on_disk(store) == 15
+    assert contents(store)["features.f16"].startswith(before["features.f16"])
+    assert_close(features.take(range(10)), fresh(encoder, paths[5:15]))
+
+
+def test_an_image_that_comes_twice_is_encoded_once(encoder, paths, tmp_path):
+    link = tmp_path / "link.png"
+    link.symlink_to(paths[0])
+    features = get(encoder, [paths[0], paths[1], paths[0], link], tmp_path / "cache")
+    assert features.rows.tolist() == [0, 1, 0, 0]
+    assert rows_on_disk(only_store(tmp_path / "cache")) == 2
+
+
+@pytest.mark.parametrize("same_size", [False, True])
+def test_a_changed_image_is_encoded_anew(encoder, paths, tmp_path, same_size):
+    paths = paths[:3]
+    if same_size:
+        for i, path in enumerate(paths):
+            Image.new("RGB", (16, 12), (60 * i, 0, 0)).save(path, "BMP")
+    get(encoder, paths, tmp_path / "cache")
+    size, changed = paths[1].stat().st_size, paths[1].stat().st_mtime_ns
+    Image.new("RGB", (16, 12), (10, 240, 20)).save(paths[1], "BMP" if same_size else "PNG")
+    assert (paths[1].stat().st_size == size) is same_size
+    changed -= 10**9 * same_size  # size alone and time alone are enough
+    os.utime(paths[1], ns=(changed, changed))
+    features = get(encoder, paths, tmp_path / "cache")
+    assert rows_on_disk(only_store(tmp_path / "cache")) == 4
+    assert features.rows.tolist() == [0, 3, 2]
+    assert_close(features.take(range(3)), fresh(encoder, paths))
+
+
+def test_whatever_changes_the_features_has_a_store_of_its_own(encoder, paths, tmp_path):
+    paths, cache = paths[:3], tmp_path / "cache"
+    get(encoder, paths, cache)
+    others = [
+        make_tiny_encoder(seed=1),
+        make_tiny_encoder(Preprocessing("squash", 64, 64)),
+        make_tiny_encoder(Preprocessing("crop", 48, 48)),
+        make_tiny_encoder(Preprocessing("squash", 48, 48, mean=(0.1, 0.2, 0.3))),
+        make_tiny_encoder(Preprocessing("squash", 48, 48, "bicubic")),
+        Encoder("resnet18", Preprocessing("squash", 48, 48)),
+    ]
+    for number, other in enumerate(others, 2):
+        assert_close(get(other, paths, cache).take(range(3)), fresh(other, paths))
+        assert len(stores(cache)) == number
+    get(encoder, paths, cache, pooled=True)
+    cached_features(encoder, paths, cache, CPU, torch.bfloat16, workers=0)
+    assert len(stores(cache)) == 9
+    assert_close(get(encoder, paths, cache).take(range(3)), fresh(encoder, paths))
+    assert len(stores(cache)) == 9
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace('"squeezenet1_1"', '"resnet18"'),
+        lambda text: text.replace('"format": 2', '"format": 1'),
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+    ],
+)
+def test_a_store_of_something_else_is_refused(encoder, paths, tmp_path, edit):
+    get(encoder, paths[:2], tmp_path / "cache")
+    store = only_store(tmp_path / "cache")
+    text = (store / "meta.json").read_text()
+    assert edit(text) != text
+    (store / "meta.json").write_text(edit(text))
+    before = contents(store)
+    with pytest.raises(CacheError, match="describes other features") as caught:
+        get(encoder, paths, tmp_path / "cache")
+    assert str(store) in str(caught.value)
+    assert f"delete {store}" in str(caught.value)
+    assert contents(store) == before
+    shutil.rmtree(store)
+    assert len(get(encoder, paths[:2], tmp_path / "cache").rows) == 2
+
+
+# --- damage ---------------------------------------------------------------------------------
+
+
+def cut(name, keep):
+    def damage(store):
+        content = (store / name).read_bytes()
+        (store / name).write_bytes(content[: keep(len(content))])
+
+    return damage
+
+
+def replace_line(number, new):
+    def damage(store):
+        lines = (store / "index.jsonl").read_bytes().splitlines(keepends=True)
+        lines[number] = new
+        (store / "index.jsonl").write_bytes(b"".join(lines))
+
+    return damage
+
+
+def append(name, more):
+    def damage(store):
+        with open(store / name, "ab") as file:
+            file.write(more)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "whole"),
+    [
+        (cut("features.f16", lambda size: size - 1), COUNT - 1),
+        (cut("features.f16", lambda size: size // 2 + 7), COUNT // 2),
+        (cut("features.f16", lambda size: 0), 0),
+        (cut("index.jsonl", lambda size: size - 1), COUNT - 1),
+        (cut("index.jsonl", lambda size: size - 20), COUNT - 1),
+        (cut("index.jsonl", lambda size: 0), 0),
+        (append("features.f16", b"half a row"), COUNT),
+        (append("index.jsonl", b'["half a li'), COUNT),
+        (append("index.jsonl", b'["/no/row.png", 3, 4]\n'), COUNT),
+        (append("index.jsonl", b"\0" * 100), COUNT),
+        (replace_line(30, b"nonsense\n"), 30),
+        (replace_line(30, b"3\n"), 30),
+        (replace_line(30, b"null\n"), 30),
+        (replace_line(30, b"[1, 2]\n"), 30),
+        (replace_line(30, b"\xff\xfe\n"), 30),
+    ],
+)
+def test_what_is_whole_of_a_damaged_store_is_kept(encoder, paths, tmp_path, damage, whole):
+    get(encoder, paths, tmp_path / "cache")
+    store = only_store(tmp_path / "cache")
+    right = contents(store)
+    damage(store)
+    # Opened for half of the images, it keeps what is whole, and encodes the rest when asked.
+    get(encoder, paths[:1], tmp_path / "cache")
+    assert rows_on_disk(store) == max(whole, 1)
+    features = get(encoder, paths, tmp_path / "cache")
+    # The same rows in the same order: rows are whole and their lines say what they are.
+    assert contents(store)["index.jsonl"] == right["index.jsonl"]
+    as_floats = [np.frombuffer(c["features.f16"], np.float16) for c in (right, contents(store))]
+    np.testing.assert_allclose(*as_floats, rtol=1e-2, atol=1e-3)
+    assert_close(features.take(range(COUNT)), fresh(encoder, paths))
+
+
+PROCESS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import os, signal, torch
+import test_features, captioner.features
+torch.set_num_threads(1)
+encoder = test_features.make_tiny_encoder()
+folder, cache, kill_at = sys.argv[2:5]
+if int(kill_at):
+    # Killed with its rows written and half of their index lines.
+    written = []
+    to_disk = captioner.features._to_disk
+    def kill(file):
+        if file.name.endswith("index.jsonl"):
+            written.append(file)
+            if len(written) == int(kill_at):
+                file.flush()
+                os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size - 250)
+                os.kill(os.getpid(), signal.SIGKILL)
+        to_disk(file)
+    captioner.features._to_disk = kill
+    captioner.features.SECONDS_BETWEEN_SYNCS = 0.0
+print("ready", flush=True)
+sys.stdin.readline()
+paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
+features = test_features.get(encoder, paths, cache)
+print(features.rows.tolist())
+"""
+
+
+def start(paths, cache, kill_at=0):
+    command = [sys.executable, "-c", PROCESS, Path(__file__).parents[1], paths[0].parent, cache]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([*map(str, command), str(kill_at)], text=True, **pipes)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL is POSIX's")
+def test_a_killed_process_is_continued(encoder, paths, tmp_path):
+    killed = start(paths, tmp_path / "cache", kill_at=2)
+    killed.communicate("go\n", timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    store = only_store(tmp_path / "cache")
+    assert rows_on_disk(store) == 64
+    assert 32 < len((store / "index.jsonl").read_bytes().splitlines()) < 64
+
+    before = (store / "features.f16").read_bytes()
+    paths = sorted(paths)
+    features = get(encoder, paths, tmp_path / "cache")  # its lock died with it
+    assert rows_on_disk(store) == COUNT
+    row = len(before) // 64
+    assert (store / "features.f16").read_bytes()[: 32 * row] == before[: 32 * row]
+    uninterrupted = get(encoder, paths, tmp_path / "other")
+    assert features.rows.tolist() == uninterrupted.rows.tolist()
+    found, expected = (f.take(range(COUNT)).float() for f in (features, uninterrupted))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+    assert_close(features.take(range(COUNT)), fresh(encoder, paths))
+
+
+def test_two_processes_at_once_encode_each_image_once(encoder, paths, tmp_path):
+    paths = sorted(paths)
+    other = start(paths, tmp_path / "cache")
+    assert other.stdout.readline() == "ready\n"
+    other.stdin.write("go\n")
+    other.stdin.flush()
+    features = get(encoder, paths, tmp_path / "cache")
+    said, errors = other.communicate(timeout=60)
+    assert other.returncode == 0, errors
+    assert json.loads(said) == features.rows.tolist()
+    assert rows_on_disk(only_store(tmp_path / "cache")) == COUNT
+    assert_close(features.take(range(COUNT)), fresh(encoder, paths))
+
+
+# --- disks and images that fail -------------------------------------------------------------
+
+
+def test_too_little_room_is_said_before_anything_is_encoded(encoder, paths, tmp_path, monkeypatch):
+    row = 2 * encoder.grid_shape[0] * encoder.grid_shape[1]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=COUNT * row - 1))
+    with pytest.raises(CacheError, match=f"features of {COUNT} images take .* set data.cache_dir"):
+        get(encoder, paths, tmp_path / "cache")
+    assert rows_on_disk(only_store(tmp_path / "cache")) == 0
+    get(encoder, paths[1:], tmp_path / "cache")  # one row less fits
+    assert rows_on_disk(only_store(tmp_path / "cache")) == COUNT - 1
+
+
+@pytest.fixture
+def limit_file_size():
+    """What lets files grow to so many bytes and no further, until the test ends."""
+    resource = pytest.importorskip("resource")  # POSIX
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_leaves_what_was_whole(encoder, paths, tmp_path, limit_file_size):
+    limit_file_size(40 * 2 * encoder.grid_shape[0] * encoder.grid_shape[1])
+    with pytest.raises(CacheError) as caught:
+        get(encoder, paths, tmp_path / "cache")
+    limit_file_size()
+    store = only_store(tmp_path / "cache")
+    assert str(caught.value).startswith(f"{store}: can't be written (File too large)")
+    assert len((store / "index.jsonl").read_bytes().splitlines()) == 32
+    features = get(encoder, paths, tmp_path / "cache")
+    assert rows_on_disk(store) == COUNT
+    assert_close(features.take(range(COUNT)), fresh(encoder, paths))
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(encoder, paths, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CacheError, match=r"file/cache/\w+: can't be written .* data\.cache_dir"):
+        get(encoder, paths, tmp_path / "file" / "cache")
+
+
+@pytest.fixture
+def spoilt(paths):
+    """Image 1 is no image, image 2 is truncated, image 4 is gone."""
+    paths = paths[:6]
+    paths[1].write_bytes(b"no image")
+    paths[2].write_bytes(paths[2].read_bytes()[:100])
+    paths[4].unlink()
+    return paths
+
+
+def test_bad_images_are_an_error_after_the_others_have_been_kept(encoder, spoilt, tmp_path):
+    with pytest.raises(ImageError, match="3 of 6 images can't be read") as caught:
+        get(encoder, spoilt, tmp_path / "cache")
+    for bad in (1, 2, 4):
+        assert str(spoilt[bad]) in str(caught.value)
+    assert "data.bad_images=skip" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert rows_on_disk(only_store(tmp_path / "cache")) == 3
+
+
+def test_bad_images_may_be_skipped(encoder, spoilt, tmp_path, capsys):
+    features = get(encoder, spoilt, tmp_path / "cache", bad_images="skip")
+    assert features.rows.tolist() == [0, -1, -1, 1, -1, 2]
+    assert "warning: 3 of 6 images can't be read" in capsys.readouterr().err
+    good = [0, 3, 5]
+    assert_close(features.take(good), fresh(encoder, [spoilt[i] for i in good]))
+    with pytest.raises(IndexError, match="has no features"):
+        features.take([0, 1])
+    # A mended image gets its features.
+    Image.new("RGB", (16, 12), "red").save(spoilt[1])
+    mended = get(encoder, spoilt, tmp_path / "cache", bad_images="skip")
+    assert mended.rows.tolist() == [0, 3, -1, 1, -1, 2]
+
+
+def test_nothing_but_bad_images_is_an_error_even_when_skipping(encoder, spoilt, tmp_path):
+    with pytest.raises(ImageError, match="2 of 2 images can't be read"):
+        get(encoder, spoilt[1:3], tmp_path / "cache", bad_images="skip")
+
+
+def test_failures_are_reported_in_the_order_of_the_images(capsys):
+    report_failures([], 5, "error")
+    report_failures([(3, "c"), (1, "a"), (9, "e"), (2, "b")], 10, "skip")
+    said = capsys.readouterr().err
+    assert "4 of 10 images can't be read: a, b, c and 1 more; they are left out" in said
