@@ -89,10 +89,12 @@ class Progress:
 
     def _print_line(self) -> None:
         self._printed = time.monotonic()
-        say(tqdm.format_meter(n=self._done, elapsed=self._printed - self._started, **self._meter))
+        log_line(
+            tqdm.format_meter(n=self._done, elapsed=self._printed - self._started, **self._meter)
+        )
 
 
-def watched(items: Iterable[T], description: str, total: int, unit: str) -> Iterator[T]:
+def progress_iter(items: Iterable[T], description: str, total: int, unit: str) -> Iterator[T]:
     """Pass items on, with a progress bar should they take longer than a few seconds."""
     with Progress(description, total, unit, delay=LONG) as bar:
         for item in items:
@@ -100,7 +102,7 @@ def watched(items: Iterable[T], description: str, total: int, unit: str) -> Iter
             bar.update()
 
 
-def say(message: str) -> None:
+def log_line(message: str) -> None:
     """Print a line for the person who watches, without disturbing a progress bar."""
     tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()

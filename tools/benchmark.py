@@ -31,7 +31,7 @@ from captioner.inference.folder import ImageFile, caption_files
 from captioner.models.captioning_model import decode
 from captioner.models.decoder import ShowAttendTell, Steps, make_decoder
 from captioner.models.recurrent import states_of
-from captioner.progress import say
+from captioner.progress import log_line
 from captioner.training.feature_cache import cached_features
 from captioner.training.trainer import caption_loss
 
@@ -437,7 +437,7 @@ def measure(
     tables: dict[str, dict[str, float]] = {}
     first = True
     for dataset, folder in datasets:
-        say(
+        log_line(
             f"{checkpoint}: {title}, {len(dataset)} images of {folder}, {captioner.device}, "
             f"{captioner.precision}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
         )

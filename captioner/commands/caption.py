@@ -12,7 +12,7 @@ from captioner.cli import HelpFormatter, command
 from captioner.config import SearchConfig, attribute_docs
 from captioner.data.predictions import results_format, write_results
 from captioner.errors import UsageError, name_some
-from captioner.progress import say
+from captioner.progress import log_line
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help must not wait for it
     from captioner.inference.captioner import Caption
@@ -138,12 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(rows)} captions in {args.output}")
     impossible = [name for name, best in captions.items() if best[0].log_probability == -math.inf]
     if impossible:
-        say(
+        log_line(
             f"warning: {len(impossible)} captions are empty, no caption that met the settings was "
             f"found: {name_some(impossible)}"
         )
     if failed:
-        say(f"{len(failed)} of {len(images)} images could not be read: {name_some(failed)}")
+        log_line(f"{len(failed)} of {len(images)} images could not be read: {name_some(failed)}")
         return 3
     return 0
 

@@ -13,7 +13,7 @@ from captioner.data.predictions import read_results
 from captioner.data.shapes import Record, Verdict, captions_of, check_captions, read_records, shares
 from captioner.errors import UsageError
 from captioner.files import write_json
-from captioner.progress import say
+from captioner.progress import log_line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,13 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdicts, captions_by_id = check_captions(records, captions)
     if len(captions) < len(records):
         missing = len(records) - len(captions)
-        say(f"warning: {missing} of {len(records)} pictures have no caption and count as wrong")
+        log_line(
+            f"warning: {missing} of {len(records)} pictures have no caption and count as wrong"
+        )
     right = shares(verdicts)
     for part, share in right.items():
         print(f"{part.replace('_', ' '):12}  {share:.4f}")
     wrong = _wrong(records, verdicts, captions_by_id)
     for entry in wrong[: options.examples]:
-        say(
+        log_line(
             f"wrong: {entry['file_name']}: {entry['caption']!r}; the picture shows "
             f"{entry['truth']!r}"
         )

@@ -20,7 +20,7 @@ from captioner.data.download import (
     room_needed,
 )
 from captioner.errors import UsageError
-from captioner.progress import say
+from captioner.progress import log_line
 
 DESCRIPTION = """\
 Fetch COCO 2017 and the Karpathy split into DIR:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (directory / "annotations" / "dataset_coco.json").exists():
             place_karpathy_images(directory, None if options.any_content else KARPATHY_IMAGES)
     if not any(changed):
-        say(f"nothing to do: everything asked for is already in {directory}")
+        log_line(f"nothing to do: everything asked for is already in {directory}")
     print(_summary(directory))
     return 0
 

@@ -27,7 +27,7 @@ from captioner.metrics.diversity import describe, self_bleu
 from captioner.metrics.evaluation import Evaluation, read_evaluation, signature, write_per_image
 from captioner.metrics.scores import DocumentFrequencies, Scores, metric_names, score
 from captioner.metrics.significance import confidence_interval, paired_test, resampled_metrics
-from captioner.progress import say
+from captioner.progress import log_line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,14 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.references, options.hypotheses, options.split, options.allow_missing
     )
     for note in evaluation.notes:
-        say(f"warning: {note}")
+        log_line(f"warning: {note}")
     frequencies = DocumentFrequencies.load(options.frequencies) if options.frequencies else None
     scores = {
         name: score(captions, evaluation.references, metrics, frequencies)
         for name, captions in evaluation.hypotheses.items()
     }
     for reason in dict.fromkeys(r for each in scores.values() for r in each.unavailable.values()):
-        say(f"left out: {reason}")
+        log_line(f"left out: {reason}")
     computed = list(next(iter(scores.values())).corpus)
     frequencies_name = options.frequencies.name if options.frequencies else ""
     summary: dict[str, Any] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from captioner.cli import HelpFormatter, command
 from captioner.data.shapes import SPLITS, write_data_set
-from captioner.progress import say
+from captioner.progress import log_line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,5 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = {split: getattr(options, split) for split in SPLITS}
     write_data_set(options.directory, counts, options.image_size, options.seed)
     drawn = ", ".join(f"{count} {split}" for split, count in counts.items())
-    say(f"{options.directory}: {drawn} images of {options.image_size} x {options.image_size} px")
+    log_line(
+        f"{options.directory}: {drawn} images of {options.image_size} x {options.image_size} px"
+    )
     return 0

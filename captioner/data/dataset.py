@@ -13,7 +13,7 @@ from captioner.data.annotations import AnnotatedImage, ImageId, read_annotations
 from captioner.data.tokenizer import tokenize
 from captioner.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from captioner.errors import DataError, name_some
-from captioner.progress import say
+from captioner.progress import log_line
 
 # Batches are cut from so many batches' worth of shuffled images, sorted by caption length.
 BATCHES_IN_POOL = 16
@@ -56,7 +56,7 @@ class CaptionDataset:
         """
         read = read_annotations(annotations, split)
         for note in read.notes:
-            say(f"warning: {note}")
+            log_line(f"warning: {note}")
         entries = _with_words(read.images, str(annotations))
         nameless = [image.image_id for image in entries if not image.file_name]
         if nameless:
@@ -74,7 +74,7 @@ class CaptionDataset:
             )
             if missing == "error" or len(absent) == len(paths):
                 raise DataError(f"{message}; fetch them, or set data.bad_images=skip")
-            say(f"warning: {message}; they are left out")
+            log_line(f"warning: {message}; they are left out")
             gone = set(absent)
             entries = [image for image in entries if image.image_id not in gone]
         if not entries:
@@ -113,7 +113,7 @@ def _with_words(images: Sequence[AnnotatedImage], source: str) -> list[Annotated
         if captions:
             kept.append(AnnotatedImage(image.image_id, image.file_name, captions))
     if wordless:
-        say(f"warning: {source}: {wordless} captions without a word are left out")
+        log_line(f"warning: {source}: {wordless} captions without a word are left out")
     return kept
 
 

@@ -32,7 +32,7 @@ from typing import Any
 from captioner.data.annotations import read_json
 from captioner.errors import DataError, name_some
 from captioner.files import atomic_write, write_json
-from captioner.progress import Progress, say
+from captioner.progress import Progress, log_line
 from captioner.version import __version__
 
 try:
@@ -160,12 +160,12 @@ def obtain(
     path = directory / "downloads" / archive.name
     if _is_unpacked(archive, directory, recheck):
         if path.exists() and not keep_archive:
-            say(f"{path}: everything in it is unpacked; it can be deleted")
+            log_line(f"{path}: everything in it is unpacked; it can be deleted")
         return False
     for again in (False, True):
         fetched = not path.exists()
         if fetched:
-            say(f"{archive.name}: fetching {archive.url}")
+            log_line(f"{archive.name}: fetching {archive.url}")
             download(archive.url, path, archive.size, retries)
         try:
             _check_archive(path, archive)
@@ -174,7 +174,7 @@ def obtain(
         except DamagedArchiveError as error:
             if again or not fetched:
                 raise DamagedArchiveError(f"{error}; delete it and run this again") from None
-            say(f"{error}; fetching it once more")
+            log_line(f"{error}; fetching it once more")
             path.unlink()
     with _disk_errors(path):
         if hasattr(os, "sync"):
@@ -324,7 +324,7 @@ def download(
                     f"this again later: it goes on after {_human(reached)}"
                 ) from None
             wait = max(error.wait, min(FIRST_WAIT * 2 ** max(failures - 1, 0), LONGEST_WAIT))
-            say(f"{path.name}: {error} after {_human(reached)}; next try in {wait:.0f} s")
+            log_line(f"{path.name}: {error} after {_human(reached)}; next try in {wait:.0f} s")
             time.sleep(wait)
 
 
@@ -339,16 +339,16 @@ def _fetch_rest(url: str, part: Path, size: int | None, timeout: float) -> None:
         if response.status == 200:
             if known and have:
                 why = "the server can't continue it" if known.may_be(remote) else "it has changed"
-                say(f"{part.stem}: {why}: starting again, {_human(have)} are lost")
+                log_line(f"{part.stem}: {why}: starting again, {_human(have)} are lost")
             _receive(url, response, part, 0, remote, size)
             return
         if response.status == 206 and have == start and known and known.may_be(remote):
-            say(f"{part.stem}: going on after {_human(have)}")
+            log_line(f"{part.stem}: going on after {_human(have)}")
             _receive(url, response, part, have, remote, size)
             return
         if not have:
             raise DataError(f"{url}: the server answered {response.status}, 200 was expected")
-    say(f"{part.stem}: it has changed on the server: starting again, {_human(have)} are lost")
+    log_line(f"{part.stem}: it has changed on the server: starting again, {_human(have)} are lost")
     part.unlink()
     _fetch_rest(url, part, size, timeout)
 
@@ -619,12 +619,14 @@ def _is_unpacked(archive: Archive, directory: Path, recheck: bool) -> bool:
                 lacking.append(name)
             progress.update()
     if lacking:
-        say(
+        log_line(
             f"{archive.name}: {len(lacking)} of its {len(files):,} files are missing or changed "
             f"in {directory} ({name_some(lacking)})"
         )
         return False
-    say(f"{archive.name}: its {len(files):,} files are already in {directory / archive.folder}")
+    log_line(
+        f"{archive.name}: its {len(files):,} files are already in {directory / archive.folder}"
+    )
     return True
 
 
@@ -672,12 +674,12 @@ def place_karpathy_images(directory: Path, images: int | None = KARPATHY_IMAGES)
         return target
     folders = _image_folders(directory)
     if folders is None:
-        say(
+        log_line(
             f"{target} is not written: it takes the images or the captions files of train2017 "
             "and of val2017 to tell which images lie where"
         )
         return None
-    say(f"writing {target}")
+    log_line(f"writing {target}")
     content = read_json(source)
     entries = content.get("images") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not all(_has_coco_id(entry) for entry in entries):

@@ -14,7 +14,7 @@ from captioner.data.images import in_batches, load_pixels
 from captioner.device import free_memory, is_out_of_memory
 from captioner.errors import CaptionerError, DataError, name_some
 from captioner.inference.captioner import Caption, Captioner
-from captioner.progress import Progress, say
+from captioner.progress import Progress, log_line
 
 IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
@@ -59,12 +59,14 @@ def find_images(folder: str | Path) -> list[ImageFile]:
     if not found:
         raise DataError(f"{folder}: no image files (of {others} files none ends in .jpg, .png, …)")
     if others:
-        say(f"{folder}: {others} files are passed over: hidden, or no images by their suffix")
+        log_line(f"{folder}: {others} files are passed over: hidden, or no images by their suffix")
     return found
 
 
 def _report(error: OSError) -> None:
-    say(f"warning: {error.filename}: this folder can't be read ({error.strerror}); it is left out")
+    log_line(
+        f"warning: {error.filename}: this folder can't be read ({error.strerror}); it is left out"
+    )
 
 
 def listed_images(
@@ -127,7 +129,7 @@ def caption_files(
         for batch in loaded:
             for index, message in batch.failures:
                 failed[images[index].name] = message
-                say(f"warning: {message}")
+                log_line(f"warning: {message}")
             bar.update(len(batch.failures))
             done = 0
             while done < len(batch.indices):
@@ -165,7 +167,9 @@ def _smaller(at_once: int, device: torch.device) -> int:
         raise CaptionerError(f"{device} has too little memory for one image: take a smaller beam")
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    say(f"warning: out of memory with {at_once} images at a time: going on with {at_once // 2}")
+    log_line(
+        f"warning: out of memory with {at_once} images at a time: going on with {at_once // 2}"
+    )
     return at_once // 2
 
 

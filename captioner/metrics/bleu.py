@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from nltk.translate.bleu_score import closest_ref_length, modified_precision
 
-from captioner.progress import watched
+from captioner.progress import progress_iter
 
 ORDERS = (1, 2, 3, 4)
 NAMES = tuple(f"BLEU-{order}" for order in ORDERS)
@@ -44,7 +44,7 @@ def bleu_counts(
     """
     counts = np.zeros((len(hypotheses), 2 * len(ORDERS) + 2), dtype=np.int64)
     images = zip(counts, hypotheses, references, strict=True)
-    for row, hypothesis, of_image in watched(images, "BLEU", len(counts), "image"):
+    for row, hypothesis, of_image in progress_iter(images, "BLEU", len(counts), "image"):
         length = len(hypothesis)
         matches = [modified_precision(of_image, hypothesis, order).numerator for order in ORDERS]
         ngrams = [max(0, length - order + 1) for order in ORDERS]

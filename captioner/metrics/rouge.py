@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from captioner.progress import watched
+from captioner.progress import progress_iter
 
 BETA = 1.2
 
@@ -24,7 +24,7 @@ def rouge_l(
     """
     scores = np.zeros(len(hypotheses))
     images = enumerate(zip(hypotheses, references, strict=True))
-    for position, (hypothesis, captions) in watched(images, "ROUGE-L", len(scores), "image"):
+    for position, (hypothesis, captions) in progress_iter(images, "ROUGE-L", len(scores), "image"):
         hypothesis = hypothesis or [""]
         matches = [longest_common_subsequence(hypothesis, caption or [""]) for caption in captions]
         precision = max(matches) / len(hypothesis)

@@ -18,7 +18,7 @@ from captioner.metrics.bleu import bleu_counts, bleu_of_counts, corpus_bleu
 from captioner.metrics.cider import DocumentFrequencies, cider
 from captioner.metrics.official import UnavailableError
 from captioner.metrics.rouge import rouge_l
-from captioner.progress import watched
+from captioner.progress import progress_iter
 
 __all__ = [
     "BLEU_NAMES",
@@ -110,7 +110,7 @@ def score(
     wanted = metric_names(metrics)
     _check(hypotheses, references)
     hypothesis_tokens = [tokenize(caption) for caption in hypotheses.values()]
-    ids = watched(hypotheses, "tokenising", len(hypotheses), "image")
+    ids = progress_iter(hypotheses, "tokenising", len(hypotheses), "image")
     reference_tokens = [[tokenize(text) for text in references[key]] for key in ids]
     return score_tokens(hypothesis_tokens, reference_tokens, wanted, frequencies)
 

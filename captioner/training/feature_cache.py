@@ -32,7 +32,7 @@ from captioner.data.images import in_batches, load_pixels
 from captioner.errors import CacheError, ImageError, name_some
 from captioner.files import write_json
 from captioner.models.encoder import Encoder
-from captioner.progress import Progress, say
+from captioner.progress import Progress, log_line
 
 FORMAT = 2  # 1: batch norm wasn't folded, large JPEGs weren't scaled while they were decoded
 ENCODE_BATCH = 32
@@ -126,7 +126,7 @@ def report_failures(failures: list[tuple[int, str]], total: int, bad_images: str
     summary = f"{len(messages)} of {total} images can't be read: {name_some(messages, 3)}"
     if bad_images == "error" or len(messages) == total:
         raise ImageError(f"{summary}; mend them, or set data.bad_images=skip to go without")
-    say(f"warning: {summary}; they are left out")
+    log_line(f"warning: {summary}; they are left out")
 
 
 FileKey = tuple[str, int, int]
@@ -189,7 +189,7 @@ class _Store:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            say(f"another process is filling {self.folder}; waiting for it")
+            log_line(f"another process is filling {self.folder}; waiting for it")
             lock.acquire()
         try:
             yield
@@ -279,7 +279,7 @@ class _Store:
                 f"{free / 1e9:.1f} GB are free; set data.cache_dir to a larger disk"
             )
         if needed > 1e9:
-            say(f"the feature cache in {self.folder} grows by {needed / 1e9:.1f} GB")
+            log_line(f"the feature cache in {self.folder} grows by {needed / 1e9:.1f} GB")
 
 
 def _parse_key(line: bytes) -> FileKey | None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from captioner.config import WandbConfig
 from captioner.files import atomic_write
-from captioner.progress import say
+from captioner.progress import log_line
 
 WANDB_HOST = "https://api.wandb.ai"
 
@@ -131,13 +131,13 @@ def _start(
     try:
         run = _init(mode, config, experiment, output_dir, run_id)
     except wandb.errors.CommError as error:
-        say(f"warning: W&B can't be reached ({str(error).splitlines()[0]}); going on offline")
+        log_line(f"warning: W&B can't be reached ({str(error).splitlines()[0]}); going on offline")
         mode = "offline"
         run = _init(mode, config, experiment, output_dir, run_id)
     if mode == "offline":
-        say(f"W&B is offline; to show the run there: wandb sync {Path(run.dir).parent}")
+        log_line(f"W&B is offline; to show the run there: wandb sync {Path(run.dir).parent}")
     else:
-        say(f"W&B: {run.url}")
+        log_line(f"W&B: {run.url}")
     return run
 
 

@@ -53,7 +53,7 @@ from captioner.metrics.scores import compute_metrics
 from captioner.models.captioning_model import CaptionModel, decode, load_checkpoint, save_checkpoint
 from captioner.models.decoder import TeacherForced
 from captioner.models.encoder import make_encoder
-from captioner.progress import Progress, say
+from captioner.progress import Progress, log_line
 from captioner.training.feature_cache import (
     Features,
     cached_features,
@@ -158,7 +158,7 @@ def _load_state(output_dir: Path, config: Config, resume: bool) -> dict[str, Any
     if not resume:
         return None
     if not path.exists():
-        say(f"nothing to resume in {output_dir}: starting from the beginning")
+        log_line(f"nothing to resume in {output_dir}: starting from the beginning")
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -196,7 +196,7 @@ def _make_model(config: Config, train_set: CaptionDataset, resumed: Path | None)
         encoder = make_encoder(cnn.name, cnn.weights, config.preprocessing, cnn.last_stage)
         model = CaptionModel(encoder, config.decoder, vocabulary, config.search)
     model.encoder.fine_tune_from(config.encoder.fine_tune_from)
-    say(
+    log_line(
         f"{len(train_set)} training images, {len(captions)} captions, {len(vocabulary)} words; "
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters to train"
     )
@@ -228,7 +228,7 @@ class _PixelInputs:
         for batch in loaded:
             # They could be read before training: a disk that fails now must not end the job.
             for _, message in batch.failures:
-                say(f"warning: {message}; left out of this batch")
+                log_line(f"warning: {message}; left out of this batch")
             yield batch.indices, batch.pixels
 
 
@@ -440,7 +440,7 @@ class _Trainer:
         patience = self.config.training.patience
         stale = self.at.epoch - self.at.best_epoch
         if patience and stale >= patience:
-            say(f"no better score for {stale} epochs (training.patience): stopping")
+            log_line(f"no better score for {stale} epochs (training.patience): stopping")
             return True
         return False
 
@@ -570,7 +570,7 @@ class _Trainer:
         try:
             write_flow_plot(path, measured)
         except UsageError as error:
-            say(f"warning: {path} isn't drawn: {error}")
+            log_line(f"warning: {path} isn't drawn: {error}")
         else:
             self.tracker.log_images(self.at.step, {"gradient_flow": path})
 
@@ -616,7 +616,7 @@ class _Trainer:
                 **{f"validation/{name}": score for name, score in scores.items()},
             },
         )
-        say(
+        log_line(
             f"epoch {self.at.epoch}: loss {loss:.3f}, validation {metric} {scores[metric]:.4f}"
             f"{' (best so far)' if better else ''}"
         )
@@ -650,7 +650,7 @@ class _Trainer:
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and len(state["rng_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng_cuda"])
-        say(f"resuming after step {self.at.step}, in epoch {self.at.epoch + 1}")
+        log_line(f"resuming after step {self.at.step}, in epoch {self.at.epoch + 1}")
 
     def close(self, failed: bool) -> None:
         self.log.close()

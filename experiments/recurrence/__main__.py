@@ -12,7 +12,7 @@ from pathlib import Path
 
 from captioner.cli import HelpFormatter, command
 from captioner.errors import CaptionerError
-from captioner.progress import say
+from captioner.progress import log_line
 from experiments.recurrence import memory, sequences
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cost import cost, draw_cost
@@ -136,7 +136,7 @@ def _run_all(argv: Sequence[str]) -> None:
     failed = [name for name, code in zip(STUDIES, codes, strict=True) if code]
     if failed:
         raise CaptionerError(f"these studies failed, as said above: {', '.join(failed)}")
-    say(f"all studies: {(time.monotonic() - started) / 60:.0f} minutes")
+    log_line(f"all studies: {(time.monotonic() - started) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from captioner.files import atomic_write
 from captioner.metrics.report import new_figure
 from captioner.metrics.scores import Scores, score
 from captioner.metrics.significance import confidence_interval, paired_test
-from captioner.progress import say
+from captioner.progress import log_line
 from captioner.training.tracking import read_log
 from captioner.training.trainer import FLOW, train
 from experiments.recurrence.captions import experiment, load_captions
@@ -34,7 +34,7 @@ def captioning(setting: Setting) -> list[Record]:
     records: list[Record] = []
     scores: dict[tuple[str, int], Scores] = {}
     for cell, seed in product(cells, setting.seeds):
-        say(f"captioning: {cell}, seed {seed}")
+        log_line(f"captioning: {cell}, seed {seed}")
         folder = setting.output / "runs" / f"{cell}_{seed}"
         _train(setting, cell, seed, folder)
         scores[cell, seed] = found = _score(setting, folder)

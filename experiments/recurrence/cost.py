@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captioner.metrics.report import new_figure
 from captioner.models.recurrent import CELLS, RecurrentStack, Stepper, states_of
-from captioner.progress import watched
+from captioner.progress import progress_iter
 from experiments.recurrence.study import Record, Setting, draw_lines
 
 
@@ -28,7 +28,7 @@ def cost(setting: Setting) -> list[Record]:
     repetitions = setting.pick(15, 2)
     records: list[Record] = []
     combinations = list(product(setting.seeds, widths))
-    for seed, width in watched(combinations, "cost", len(combinations), "round"):
+    for seed, width in progress_iter(combinations, "cost", len(combinations), "round"):
         torch.manual_seed(seed)
         x = torch.randn(64, 20, width, requires_grad=True)
         stacks = {cell: RecurrentStack(cell, width, width) for cell in CELLS}

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 from captioner.metrics.report import new_figure
 from captioner.models.recurrent import CELLS, INITIALISATIONS, RecurrentStack, gradient_norms
-from captioner.progress import watched
+from captioner.progress import progress_iter
 from experiments.recurrence.study import (
     History,
     LastStep,
@@ -40,7 +40,7 @@ def gradient_distance(setting: Setting) -> list[Record]:
     distances = [d for d in DISTANCES if d < steps]
     combinations = list(product(kinds, setting.pick(range(5), range(1))))
     records: list[Record] = []
-    for (cell, name, bias), seed in watched(
+    for (cell, name, bias), seed in progress_iter(
         combinations, "gradient_distance", len(combinations), "run"
     ):
         torch.manual_seed(seed)
@@ -97,7 +97,7 @@ def exploding(setting: Setting) -> list[Record]:
     length, steps = setting.pick((100, 300), (20, 8))
     combinations = list(product(starts, clippings, setting.seeds))
     records: list[Record] = []
-    for (cell, start), clipping, seed in watched(
+    for (cell, start), clipping, seed in progress_iter(
         combinations, "exploding", len(combinations), "run"
     ):
         torch.manual_seed(seed)
@@ -168,7 +168,7 @@ def adding(setting: Setting) -> list[Record]:
     budget = setting.pick({50: 1500, 100: 1500, 200: 1500, 400: 1000}, {12: 5, 20: 5})
     combinations = list(product(REMEDIES, budget, setting.seeds))
     records: list[Record] = []
-    for remedy, length, seed in watched(combinations, "adding", len(combinations), "run"):
+    for remedy, length, seed in progress_iter(combinations, "adding", len(combinations), "run"):
         cell, start, bias = REMEDIES[remedy]
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
@@ -253,7 +253,9 @@ def truncation(setting: Setting) -> list[Record]:
     cells = setting.pick(("rnn_tanh", "gru", "lstm"), ("gru",))
     combinations = list(product(cells, spans, windows, setting.seeds))
     records: list[Record] = []
-    for cell, span, window, seed in watched(combinations, "truncation", len(combinations), "run"):
+    for cell, span, window, seed in progress_iter(
+        combinations, "truncation", len(combinations), "run"
+    ):
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         model = LastStep(SYMBOLS, RecurrentStack(cell, 2 * SYMBOLS, 64))

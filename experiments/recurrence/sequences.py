@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from captioner.data.vocabulary import BOS, EOS, PAD
 from captioner.metrics.report import new_figure
 from captioner.models.recurrent import CELLS, RecurrentStack, states_of
-from captioner.progress import watched
+from captioner.progress import progress_iter
 from experiments.recurrence.captions import load_captions, pad_rows, pooled_features
 from experiments.recurrence.study import (
     LastStep,
@@ -60,7 +60,7 @@ def train_each(
     """
     records: list[Record] = []
     combinations = list(product(models, setting.seeds))
-    for kind, seed in watched(combinations, name, len(combinations), "run"):
+    for kind, seed in progress_iter(combinations, name, len(combinations), "run"):
         torch.manual_seed(seed)
         random = np.random.default_rng(seed)
         model = models[kind]()

@@ -19,7 +19,7 @@ from captioner.config import WandbConfig
 from captioner.files import atomic_write, write_json
 from captioner.metrics.report import save_figure
 from captioner.models.recurrent import RecurrentStack
-from captioner.progress import say
+from captioner.progress import log_line
 from captioner.training.tracking import Tracker
 from captioner.training.trainer import git_state
 
@@ -245,7 +245,7 @@ def run(name: str, study: Study, setting: Setting) -> None:
 
     They are logged when the study is over: the trainings of a study have runs of their own.
     """
-    say(f"{name}{' (quick)' if setting.quick else ''}")
+    log_line(f"{name}{' (quick)' if setting.quick else ''}")
     started = time.monotonic()
     records = study.measure(setting)
     seconds = time.monotonic() - started
@@ -281,7 +281,7 @@ def run(name: str, study: Study, setting: Setting) -> None:
         failed = False
     finally:
         tracker.finish(failed)
-    say(f"{table(records, study.keys, study.values)}\n{name}: {seconds:.0f} s")
+    log_line(f"{table(records, study.keys, study.values)}\n{name}: {seconds:.0f} s")
 
 
 def write_page(studies: Mapping[str, Study], setting: Setting) -> None:

@@ -302,14 +302,14 @@ PROCESS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import os, signal, torch
-import test_features, captioner.features
+import test_feature_cache, captioner.training.feature_cache as feature_cache
 torch.set_num_threads(1)
-encoder = test_features.make_tiny_encoder()
+encoder = test_feature_cache.make_tiny_encoder()
 folder, cache, kill_at = sys.argv[2:5]
 if int(kill_at):
     # Killed with its rows written and half of their index lines.
     written = []
-    to_disk = captioner.features._to_disk
+    to_disk = feature_cache._to_disk
     def kill(file):
         if file.name.endswith("index.jsonl"):
             written.append(file)
@@ -318,18 +318,18 @@ if int(kill_at):
                 os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size - 250)
                 os.kill(os.getpid(), signal.SIGKILL)
         to_disk(file)
-    captioner.features._to_disk = kill
-    captioner.features.SECONDS_BETWEEN_SYNCS = 0.0
+    feature_cache._to_disk = kill
+    feature_cache.SECONDS_BETWEEN_SYNCS = 0.0
 print("ready", flush=True)
 sys.stdin.readline()
 paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
-features = test_features.get(encoder, paths, cache)
+features = test_feature_cache.get(encoder, paths, cache)
 print(features.rows.tolist())
 """
 
 
 def start(paths, cache, kill_at=0):
-    command = [sys.executable, "-c", PROCESS, Path(__file__).parents[1], paths[0].parent, cache]
+    command = [sys.executable, "-c", PROCESS, Path(__file__).parent, paths[0].parent, cache]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen([*map(str, command), str(kill_at)], text=True, **pipes)
 
