@@ -134,7 +134,8 @@ class DecoderConfig:
     """The recurrent decoder.
 
     Attributes:
-        kind: "show_and_tell" (Vinyals et al. 2015) or "show_attend_tell" (Xu et al. 2015).
+        kind: "show_and_tell" (Vinyals et al. 2015) or "show_attend_tell" (Xu et al. 2015); the
+            decoders are listed in ``models.captioning_model.DECODERS``.
         cell: The recurrent cell.
         layers: Recurrent layers on top of each other.
         embedding_size: Width of a word vector.
@@ -150,7 +151,7 @@ class DecoderConfig:
             it remembers at first (Jozefowicz et al. 2015).
     """
 
-    kind: Literal["show_and_tell", "show_attend_tell"] = "show_attend_tell"
+    kind: str = "show_attend_tell"
     cell: Cell = "lstm"
     layers: int = 1
     embedding_size: int = 512

@@ -13,7 +13,8 @@ from captioner.data.dataset import pad
 from captioner.data.images import Preprocessing
 from captioner.data.vocabulary import Vocabulary
 from captioner.inference.captioner import Captioner
-from captioner.models.captioning_model import CaptionModel, save_checkpoint
+from captioner.models.captioning_model import CaptioningModel
+from captioner.models.checkpoint import save_checkpoint
 from captioner.models.encoder import Encoder
 
 COLOURS = ("red", "lime", "blue", "yellow")
@@ -71,7 +72,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(drawn: Drawn) -> CaptionModel:
+def tiny_model(drawn: Drawn) -> CaptioningModel:
     """A random SqueezeNet at 48 px and a small decoder that has learnt the drawn images."""
     torch.manual_seed(0)
     # Not ImageNet's numbers, so that a test sees where the preprocessing comes from.
@@ -81,22 +82,22 @@ def tiny_model(drawn: Drawn) -> CaptionModel:
         embedding_size=24, hidden_size=32, attention_size=16, feature_size=32, dropout=0.0
     )
     encoder = Encoder("squeezenet1_1", preprocessing)
-    model = CaptionModel(encoder, config, vocabulary, SearchConfig(3, 8, 0.7))
+    model = CaptioningModel(encoder, config, vocabulary, SearchConfig(3, 8, 0.7))
     pixels = torch.stack([preprocessing(Image.open(path)) for path in drawn.paths])
     features = model.encoder.for_inference(torch.float32)(pixels).clone()
     token_ids = pad([[vocabulary.encode(text)] for text in drawn.captions.values()])
     optimizer = torch.optim.Adam(model.decoder.parameters(), lr=0.01)
     for _ in range(120):
-        said = model.decoder.teacher_forcing(features, token_ids)
+        output = model.decoder.teacher_forcing(features, token_ids)
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(said.logits, said.targets).backward()
+        torch.nn.functional.cross_entropy(output.logits, output.targets).backward()
         optimizer.step()
     model.requires_grad_(False)
     return model.eval()
 
 
 @pytest.fixture
-def checkpoint(tiny_model: CaptionModel, tmp_path: Path) -> Path:
+def checkpoint(tiny_model: CaptioningModel, tmp_path: Path) -> Path:
     """The tiny model's checkpoint, to be used or damaged."""
     directory = tmp_path / "checkpoint"
     directory.mkdir()
@@ -105,5 +106,5 @@ def checkpoint(tiny_model: CaptionModel, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def captioner(tiny_model: CaptionModel) -> Captioner:
+def captioner(tiny_model: CaptioningModel) -> Captioner:
     return Captioner(tiny_model, "cpu", "float32")

@@ -28,12 +28,12 @@ from captioner.device import autocast
 from captioner.files import write_json
 from captioner.inference.captioner import Captioner
 from captioner.inference.folder import ImageFile, caption_files
-from captioner.models.captioning_model import decode
-from captioner.models.decoder import ShowAttendTell, Steps, make_decoder
-from captioner.models.recurrent import states_of
+from captioner.models.captioning_model import generate, make_decoder
+from captioner.models.decoder import Decoder
+from captioner.models.inference_decoder import InferenceDecoder
 from captioner.progress import log_line
 from captioner.training.feature_cache import cached_features
-from captioner.training.trainer import caption_loss
+from captioner.training.losses import caption_loss
 
 ROUNDS = 9  # of all parts of captioning
 TIMES = 3  # the shortest is taken: other work on the machine only adds to it
@@ -115,7 +115,7 @@ def training(
     config = model.decoder.config
     if kind:
         decoder = make_decoder(
-            replace(config, kind=kind),  # type: ignore[arg-type]
+            replace(config, kind=kind),
             len(model.vocabulary),
             width,
         )
@@ -131,8 +131,9 @@ def training(
         token_ids = token_ids.to(device)
         with autocast(device, captioner.precision):
             if kind:
-                said = decoder.teacher_forcing(features[: len(token_ids)], token_ids)
-                loss = caption_loss(said, 0.0, 1.0, said.targets.numel(), token_ids[..., 0].numel())
+                output = decoder.teacher_forcing(features[: len(token_ids)], token_ids)
+                tokens, captions = output.targets.numel(), token_ids[..., 0].numel()
+                loss = caption_loss(output, 0.0, 1.0, tokens, captions)
             else:
                 loss = bare.loss(token_ids)
         loss.backward()
@@ -187,9 +188,9 @@ def products_alone(
         def __init__(self) -> None:
             self.__dict__ = decoder.__dict__
 
-        def start(self, features: Tensor) -> Any:
+        def init_state(self, features: Tensor) -> Any:
             with _Products() as products:
-                result = super().start(features)
+                result = super().init_state(features)
             calls.extend(products.found)
             return result
 
@@ -206,7 +207,7 @@ def products_alone(
             return result
 
     for batch in features:
-        decode([Recorded()], [batch], search, captioner.model.vocabulary)
+        generate([Recorded()], [batch], search, captioner.model.vocabulary)
 
     @torch.inference_mode()
     def run() -> None:
@@ -278,66 +279,54 @@ def decoder_alone(captioner: Captioner, features: Tensor) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def published_search(
-    decoder: ShowAttendTell, features: Tensor, settings: SearchConfig
-) -> list[int]:
+def published_search(decoder: Decoder, features: Tensor, settings: SearchConfig) -> list[int]:
     """Find one image's caption the way it is commonly published.
 
-    One image at a time, its features copied for each beam and projected anew at each step, ended
-    beams kept in Python lists, no stop before all have ended.
+    One image at a time, its features copied for each beam and prepared anew at each step,
+    finished beams kept in Python lists, no stop before all have ended.
     """
-    size, ended, scores_of_ended = settings.beam_size, [], []
-    cells = decoder.cells
-    features = decoder.feature(features.float()).expand(size, -1, -1)  # (K, N, D)
-    state = torch.tanh(decoder.initial(features.mean(1))).chunk(
-        len(cells.layers) * states_of(cells.cell), 1
-    )
+    size = settings.beam_size
+    finished: list[tuple[float, list[int]]] = []
+    features = features.float().expand(size, -1, -1)  # (K, N, D)
+    state, _ = decoder.init_state(features)
     sequences = torch.full((size, 1), BOS, device=features.device)
     totals = torch.zeros(size, 1, device=features.device)
     for length in range(settings.max_length + 1):
-        words = decoder.embedding(sequences[:, -1:])
-        memory = (features, decoder.key(features))
-        column = tuple(part.unsqueeze(1) for part in state)
-        hidden, context, _, new = decoder._recur(words, column, memory)
-        log_probabilities = decoder._logits(words, hidden, context).squeeze(1).log_softmax(1)
+        _, memory = decoder.init_state(features)
+        logits, state = decoder.next_logits(sequences[:, -1:], state, memory)
+        log_probabilities = logits.squeeze(1).log_softmax(1)
         log_probabilities[:, [PAD, BOS, UNK]] = -torch.inf
-        if length == settings.max_length:  # nothing but the end can follow
-            ends = totals + log_probabilities[:, EOS : EOS + 1]
-            ended += sequences[:, 1:].tolist()
-            scores_of_ended += (ends[:, 0] / (length + 1) ** settings.length_penalty).tolist()
-            break
         candidates = totals + log_probabilities
+        penalty = (length + 1) ** settings.length_penalty
+        if length == settings.max_length:  # nothing but the end can follow
+            ends = (candidates[:, EOS] / penalty).tolist()
+            finished += zip(ends, sequences[:, 1:].tolist(), strict=True)
+            break
         if length == 0:  # all beams are the same yet
             candidates = candidates[:1]
         best, places = candidates.flatten().topk(size)
         origin, tokens = places // candidates.shape[1], places % candidates.shape[1]
         sequences = torch.cat([sequences[origin], tokens.unsqueeze(1)], 1)
-        going = []
-        for place, token in enumerate(tokens.tolist()):
-            if token == EOS:
-                ended.append(sequences[place, 1:-1].tolist())
-                rank = best[place].item() / (length + 1) ** settings.length_penalty
-                scores_of_ended.append(rank)
-                size -= 1
-            else:
-                going.append(place)
-        if not going:
+        ended = (tokens == EOS).tolist()
+        for place in (place for place, has_ended in enumerate(ended) if has_ended):
+            finished.append((best[place].item() / penalty, sequences[place, 1:-1].tolist()))
+        rows = (tokens != EOS).nonzero().squeeze(1)
+        size = len(rows)
+        if not size:
             break
-        rows = torch.tensor(going, device=features.device)
         sequences, totals = sequences[rows], best[rows].unsqueeze(1)
-        state = tuple(part.squeeze(1)[origin[rows]] for part in new)
+        state = tuple(part[origin[rows]] for part in state)
         features = features[origin[rows]]
-    return ended[max(range(len(ended)), key=scores_of_ended.__getitem__)]
+    return max(finished, key=operator.itemgetter(0))[1]
 
 
 def against_published(captioner: Captioner, features: Tensor) -> dict[str, float]:
     """Compare captions and captions/s with ``published_search``, both in float32, at beam 5."""
     decoder = captioner.model.decoder
-    if not isinstance(decoder, ShowAttendTell):
-        return {}
     search = captioner.search(beam_size=5)
     some = features[:64]
-    steps = {dtype: decoder.for_search(dtype) for dtype in (torch.float32, captioner.precision)}
+    dtypes = (torch.float32, captioner.precision)
+    steps = {dtype: InferenceDecoder(decoder, dtype) for dtype in dtypes}
     found: dict[Any, list[list[int]]] = {}
 
     def published() -> None:
@@ -348,7 +337,7 @@ def against_published(captioner: Captioner, features: Tensor) -> dict[str, float
         best = [
             image[0].token_ids
             for batch in batches
-            for image in decode([steps[dtype]], [batch], search, captioner.model.vocabulary)
+            for image in generate([steps[dtype]], [batch], search, captioner.model.vocabulary)
         ]
         found[dtype] = best[: len(some)]
 
@@ -371,13 +360,13 @@ def batches_alike(captioner: Captioner, features: Tensor) -> dict[str, float]:
     search, vocabulary = captioner.search(beam_size=5), captioner.model.vocabulary
     counts = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        steps = captioner.model.decoder.for_search(dtype)
+        steps = InferenceDecoder(captioner.model.decoder, dtype)
 
-        def found(size: int, steps: Steps = steps) -> list[list[int]]:
+        def found(size: int, steps: InferenceDecoder = steps) -> list[list[int]]:
             return [
                 image[0].token_ids
                 for batch in features.split(size)
-                for image in decode([steps], [batch], search, vocabulary)
+                for image in generate([steps], [batch], search, vocabulary)
             ]
 
         alone = found(1)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     config = load_config(args.experiment, args.overrides)
 
-    from captioner.training.trainer import train  # torch takes seconds to import; --help must not
+    from captioner.training.run import train  # torch takes seconds to import; --help must not
 
     scores = train(config, args.output_dir, args.resume)
     for name, score in scores.items():

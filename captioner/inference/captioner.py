@@ -14,9 +14,11 @@ from torchvision.transforms.functional import to_pil_image
 
 from captioner.config import SearchConfig
 from captioner.data.images import to_rgb
-from captioner.device import choose_device, choose_precision, keep_freed_memory
+from captioner.device import choose_device, choose_precision
 from captioner.errors import CheckpointError, ConfigError, ImageError, UsageError, did_you_mean
-from captioner.models.captioning_model import CaptionModel, decode, load_checkpoint
+from captioner.models.captioning_model import CaptioningModel, generate
+from captioner.models.checkpoint import load_checkpoint
+from captioner.models.inference_decoder import InferenceDecoder
 from captioner.search.decoding import Hypothesis
 
 ImageLike = str | Path | Image.Image | Tensor
@@ -63,14 +65,13 @@ class Captioner:
 
     def __init__(
         self,
-        models: CaptionModel | Sequence[CaptionModel],
+        models: CaptioningModel | Sequence[CaptioningModel],
         device: str = "auto",
         precision: str = "auto",
     ) -> None:
-        keep_freed_memory()
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
-        models = [models] if isinstance(models, CaptionModel) else list(models)
+        models = [models] if isinstance(models, CaptioningModel) else list(models)
         if not models:
             raise UsageError("a captioner needs a model: an empty list was given")
         self.models = [model.to(self.device).eval() for model in models]
@@ -84,7 +85,7 @@ class Captioner:
             number: self.models[number].encoder.for_inference(self.precision)
             for number in set(self._cnn_of)
         }
-        self.decoders = [model.decoder.for_search(self.precision) for model in self.models]
+        self.decoders = [InferenceDecoder(model.decoder, self.precision) for model in self.models]
 
     @classmethod
     def from_pretrained(
@@ -190,7 +191,7 @@ class Captioner:
             search: How to search.
             keys: A number for each image, (B,), that its samples depend on.
         """
-        return decode(self.decoders, features, search, self.model.vocabulary, keys)
+        return generate(self.decoders, features, search, self.model.vocabulary, keys)
 
     def captions(
         self,
@@ -220,7 +221,7 @@ class Captioner:
     ) -> list[list[Tensor]] | None:
         if len(self.models) > 1:
             raise UsageError("the models of an ensemble look at different things: take one")
-        maps = self.model.attention(features[0], found, self.precision)
+        maps = self.model.attention_maps(features[0], found, self.precision)
         side = math.isqrt(features[0].shape[1])  # the CNN sees a square
         return maps and [[one.unflatten(1, (side, side)) for one in of_image] for of_image in maps]
 
@@ -256,7 +257,7 @@ def _is_one(images: ImageLike | Iterable[ImageLike]) -> bool:
     )
 
 
-def _refuse_strangers(first: CaptionModel, other: CaptionModel) -> None:
+def _refuse_strangers(first: CaptioningModel, other: CaptioningModel) -> None:
     if other.vocabulary.words != first.vocabulary.words:
         raise CheckpointError(
             f"an ensemble needs one vocabulary, found one of {len(first.vocabulary)} words and "

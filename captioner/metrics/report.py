@@ -5,7 +5,7 @@ import html
 import io
 import os
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,36 +87,6 @@ def _spread(scores: Mapping[str, Scores]) -> Any:
         if len(scores) > 1 and place == 0:
             axes.legend(fontsize="x-small")
     return figure
-
-
-def write_flow_plot(path: str | Path, measured: Sequence[Mapping[str, Any]]) -> None:
-    """Draw how much gradient reached h at each step back in time, as an image file.
-
-    Args:
-        path: The image file.
-        measured: Lines of a run's log of the kind ``gradient_flow``, in order: ``step``, and for
-            ``loss`` and ``end`` the norms of each layer from the last step back
-            (``Decoder.gradient_flow``). The first, the middle and the last are drawn.
-
-    Raises:
-        UsageError: matplotlib isn't installed, or it doesn't know the file's suffix.
-    """
-    layers = len(measured[0]["loss"])
-    titles = {"loss": "loss of all tokens", "end": "loss of the last token"}
-    figure = new_figure(len(titles), layers, height=2.6)
-    shown = sorted({0, len(measured) // 2, len(measured) - 1})
-    for layer in range(layers):
-        for place, (name, title) in enumerate(titles.items()):
-            axes = figure.add_subplot(layers, len(titles), layer * len(titles) + place + 1)
-            for row in (measured[i] for i in shown):
-                norms = np.array(row[name][layer])
-                axes.plot(np.where(norms > 0, norms, np.nan), label=f"step {row['step']}")
-            axes.set_yscale("log")
-            axes.set_title(f"layer {layer + 1}: {title}", fontsize="small")
-            axes.set_xlabel("steps back from the last")
-            axes.set_ylabel("|dL/dh|")
-            axes.legend(fontsize="x-small")
-    save_figure(path, figure)
 
 
 def write_report(

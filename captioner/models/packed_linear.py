@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from captioner.device import computes_bfloat16
 
-ROWS = 256  # for how many rows at a time oneDNN lays weights out; any number may come
+PACKED_ROWS = 256  # for how many rows at a time oneDNN lays weights out; any number may come
 
 
 def round_rows(count: int) -> int:
@@ -18,8 +18,8 @@ def round_rows(count: int) -> int:
     return -(-count // step) * step
 
 
-class PackedLinear:
-    """x W^T + b without gradient, as ``torch.nn.functional.linear``.
+class PackedLinear(nn.Module):
+    """x W^T + b without gradient, as ``torch.nn.functional.linear``; it has no parameters.
 
     On a CPU it is oneDNN's product, with weights laid out once, as torch.compile has it. torch's
     own takes MKL's for float32, which leaves half of what some processors can do unused, and
@@ -32,21 +32,22 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
         self.dtype = dtype
         self._weight = weight.detach().to(dtype)
         self._bias = None if bias is None else bias.detach().to(dtype)
-        self._packed = _can_pack(self._weight)
-        if self._packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, ROWS)
+        self._is_packed = _can_pack(self._weight)
+        if self._is_packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACKED_ROWS)
 
     @classmethod
-    def of(cls, layer: nn.Linear, dtype: torch.dtype) -> "PackedLinear":
+    def from_layer(cls, layer: nn.Linear, dtype: torch.dtype) -> "PackedLinear":
         """Return that of a layer."""
         return cls(layer.weight, layer.bias, dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return (…, out) for x (…, in)."""
-        if not self._packed:
+        if not self._is_packed:
             return nn.functional.linear(x, self._weight, self._bias)
         rows = x.reshape(-1, x.shape[-1])
         count = len(rows)

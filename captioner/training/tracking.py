@@ -12,7 +12,6 @@ import wandb
 from PIL import Image
 
 from captioner.config import WandbConfig
-from captioner.files import atomic_write
 from captioner.progress import log_line
 
 WANDB_HOST = "https://api.wandb.ai"
@@ -23,18 +22,22 @@ class JsonLog:
 
     Args:
         path: The file; it is continued if it exists.
-        step: Lines of later steps are dropped: a resumed run writes them again.
+        size: What lies beyond so many bytes is dropped: a resumed run writes it again.
     """
 
-    def __init__(self, path: Path, step: int = 0) -> None:
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-        with atomic_write(path) as file:
-            file.writelines(kept)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as training
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self._file = open(path, "ab")  # noqa: SIM115 - open as long as training
+        self._file.truncate(min(size, self._file.seek(0, os.SEEK_END)))
+        self._file.seek(0, os.SEEK_END)
+
+    @property
+    def size(self) -> int:
+        """How many bytes the file has."""
+        return self._file.tell()
 
     def write(self, **values: Any) -> None:
         """Write a line; it is in the file when this returns."""
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps(values).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -44,14 +47,8 @@ class JsonLog:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return what is in a log; a line that was being written when its process died is left out."""
-    return [json.loads(line) for line in _whole_lines(path)]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("}\n")]
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 class Tracker:

@@ -11,8 +11,9 @@ from captioner.metrics.report import new_figure
 from captioner.metrics.scores import Scores, score
 from captioner.metrics.significance import confidence_interval, paired_test
 from captioner.progress import log_line
+from captioner.training.gradient_flow import LOG_KIND
+from captioner.training.run import train
 from captioner.training.tracking import read_log
-from captioner.training.trainer import FLOW, train
 from experiments.recurrence.captions import experiment, load_captions
 from experiments.recurrence.study import Record, Setting, draw_bars, groups
 
@@ -97,7 +98,7 @@ def _of_log(folder: Path) -> Record:
     """Return what a run's log says: time, loss, and the flow of gradients in the last epoch."""
     lines = read_log(folder / "log.jsonl")
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    flow = [line["end"][0] for line in lines if line["kind"] == FLOW][-1]
+    flow = [line["end"][0] for line in lines if line["kind"] == LOG_KIND][-1]
     return {
         "train_seconds": sum(line["train_seconds"] for line in epochs),
         "loss": epochs[-1]["loss"],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from captioner.metrics.report import new_figure
-from captioner.models.recurrent import CELLS, RecurrentStack, Stepper, states_of
+from captioner.models.recurrent import CELLS, RecurrentStack
 from captioner.progress import progress_iter
 from experiments.recurrence.study import Record, Setting, draw_lines
 
@@ -21,8 +21,8 @@ def cost(setting: Setting) -> list[Record]:
     One layer, as wide as its input, 64 sequences of 20 steps, float32: milliseconds of forward
     and backward together (the median of repetitions, the cells taken in turn so that all of them
     meet the same machine), microseconds of a step of search for 64 hypotheses, where what comes in
-    is looked up (`Stepper`), and what is kept in memory for the backward pass. `time_of_lstm`,
-    `step_of_lstm` and `parameters_of_lstm` are shares of the LSTM's.
+    is looked up (`RecurrentStack.step`), and what is kept in memory for the backward pass.
+    `time_of_lstm`, `step_of_lstm` and `parameters_of_lstm` are shares of the LSTM's.
     """
     widths = setting.pick((64, 128, 256, 512), (16,))
     repetitions = setting.pick(15, 2)
@@ -32,13 +32,12 @@ def cost(setting: Setting) -> list[Record]:
         torch.manual_seed(seed)
         x = torch.randn(64, 20, width, requires_grad=True)
         stacks = {cell: RecurrentStack(cell, width, width) for cell in CELLS}
-        steppers = {cell: Stepper(stack, torch.float32) for cell, stack in stacks.items()}
         times: dict[str, list[float]] = {cell: [] for cell in CELLS}
         steps: dict[str, list[float]] = {cell: [] for cell in CELLS}
         for _ in range(repetitions + 1):  # the first warms up
             for cell, stack in stacks.items():
                 times[cell].append(_seconds_of_training(stack, x))
-                steps[cell].append(_seconds_of_a_step(steppers[cell], states_of(cell)))
+                steps[cell].append(_seconds_of_a_step(stack))
         medians = {cell: statistics.median(values[1:]) for cell, values in times.items()}
         of_steps = {cell: statistics.median(values[1:]) for cell, values in steps.items()}
         parameters = {c: sum(p.numel() for p in s.parameters()) for c, s in stacks.items()}
@@ -84,11 +83,11 @@ def _seconds_of_training(stack: RecurrentStack, x: Tensor) -> float:
 
 
 @torch.no_grad()
-def _seconds_of_a_step(stepper: Stepper, states: int, rows: int = 64) -> float:
-    gates, hidden = len(stepper.input_weight), stepper.input_weight.shape[1]
-    from_input, begin = torch.randn(rows, gates), [torch.randn(rows, hidden)] * states
+def _seconds_of_a_step(stack: RecurrentStack, rows: int = 64) -> float:
+    projected = stack.project(torch.randn(rows, stack.hidden_size))
+    state = stack.zero_state(projected)
     started = time.perf_counter()
-    stepper.step(from_input, begin)
+    stack.step(projected, state)
     return time.perf_counter() - started
 
 

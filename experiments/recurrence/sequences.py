@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from captioner.data.vocabulary import BOS, EOS, PAD
 from captioner.metrics.report import new_figure
-from captioner.models.recurrent import CELLS, RecurrentStack, states_of
+from captioner.models.recurrent import CELLS, RecurrentStack, states_per_layer
 from captioner.progress import progress_iter
 from experiments.recurrence.captions import load_captions, pad_rows, pooled_features
 from experiments.recurrence.study import (
@@ -233,7 +233,7 @@ class _Unshuffler(nn.Module):
         self.decoder = stack(decoder) if decoder else None
         self.bag = nn.Linear(width, width)
         self.position = nn.Embedding(32, width)
-        self.states = states_of(decoder) if decoder else 0
+        self.states = states_per_layer(decoder) if decoder else 0
 
     def start(self, words: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """Read the words, (rows, n, D); return what the decoder begins with, (1, rows, D) each."""

@@ -20,8 +20,8 @@ from captioner.files import atomic_write, write_json
 from captioner.metrics.report import save_figure
 from captioner.models.recurrent import RecurrentStack
 from captioner.progress import log_line
+from captioner.training.run import git_state
 from captioner.training.tracking import Tracker
-from captioner.training.trainer import git_state
 
 HERE = Path(__file__).parent
 FINDINGS = HERE / "findings"  # what was seen, a paragraph a study, written by hand

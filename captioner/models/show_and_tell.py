@@ -1,0 +1,62 @@
+"""Show and Tell: the image is the first input of the recurrence (Vinyals et al. 2015)."""
+
+from torch import Tensor, nn
+
+from captioner.config import DecoderConfig
+from captioner.models.decoder import Decoder, Memory, State, StepOutput
+from captioner.models.recurrent import RecurrentStack, states_per_layer
+
+
+class ShowAndTell(Decoder):
+    """Vinyals et al. 2015, eq. 10-12; teacher forcing is one fused call over the sequence."""
+
+    pooled = True
+
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
+        super().__init__(config, vocabulary_size, feature_width)
+        self.image = nn.Linear(feature_width, config.embedding_size)
+        self.recurrence = RecurrentStack(
+            config.cell,
+            config.embedding_size,
+            config.hidden_size,
+            config.layers,
+            config.dropout,
+            return_sequences=True,
+            initialisation=config.recurrent_initialisation,
+            forget_bias=config.forget_bias,
+        )
+        self.output = nn.Linear(config.hidden_size, vocabulary_size)
+
+    def init_state(self, features: Tensor) -> tuple[State, Memory]:
+        """Take the image as the first input, x(-1); see ``Decoder.init_state``."""
+        image = self.dropout(self.image(features.mean(1, keepdim=True)))  # (B, 1, E)
+        zeros = self.recurrence.zero_state(image)
+        return self.recurrence.step(self.recurrence.project(image), zeros), ()
+
+    def word_inputs(self, token_ids: Tensor) -> tuple[Tensor]:
+        """Return W_x x + b of each word, (…, gates * H)."""
+        return (self.recurrence.project(self.dropout(self.embedding(token_ids))),)
+
+    def step(self, token_ids: Tensor, state: State, memory: Memory) -> StepOutput:
+        """See ``Decoder.step``."""
+        output, *new_state = self.active_rows(self._advance, token_ids, *state)
+        return StepOutput(output, tuple(new_state))
+
+    def _advance(self, token_ids: Tensor, *state: Tensor) -> State:
+        (projected,) = self.word_inputs(token_ids)
+        state = self.recurrence.step(projected, state)
+        return self.dropout(state[-states_per_layer(self.config.cell)]), *state
+
+    def run_sequence(
+        self,
+        inputs: Tensor,
+        state: State,
+        memory: Memory,
+        real: Tensor,
+        bptt_window: int,
+        trace: list[State] | None = None,
+    ) -> tuple[Tensor, Tensor, None]:
+        """Run all steps in one fused call; see ``Decoder.run_sequence``."""
+        words = self.dropout(self.embedding(inputs.flatten(0, 1)))  # (B * K, T, E)
+        hidden = self.recurrence(words, self.recurrence.stack_state(state), bptt_window=bptt_window)
+        return self.dropout(hidden[real.flatten(0, 1)]), real.nonzero(), None

@@ -1,0 +1,61 @@
+"""Show, Attend and Tell with soft attention (Xu et al. 2015)."""
+
+import torch
+from torch import Tensor, nn
+
+from captioner.config import DecoderConfig
+from captioner.models.attention import AdditiveAttention
+from captioner.models.decoder import Decoder, Memory, State, StepOutput
+from captioner.models.recurrent import CellStack, states_per_layer
+
+
+class ShowAttendTell(Decoder):
+    """Soft attention over the grid (Xu et al. 2015, sections 3.1 and 4.2, eq. 1-8 and 13-14)."""
+
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
+        super().__init__(config, vocabulary_size, feature_width)
+        width, hidden = config.feature_size or feature_width, config.hidden_size
+        self.per_layer = states_per_layer(config.cell)
+        self.feature = nn.Linear(feature_width, width) if config.feature_size else nn.Identity()
+        self.initial = nn.Linear(width, hidden * config.layers * self.per_layer)
+        self.attention = AdditiveAttention(width, hidden, config.attention_size)
+        self.gate = nn.Linear(hidden, width)
+        self.cells = CellStack(
+            config.cell,
+            hidden,
+            config.layers,
+            config.dropout,
+            config.recurrent_initialisation,
+            config.forget_bias,
+        )
+        self.word_projection, self.context_projection = self.cells.input_projections(
+            config.embedding_size, width
+        )
+        self.deep_output = nn.Linear(hidden + width, config.embedding_size)
+        self.output = nn.Linear(config.embedding_size, vocabulary_size)
+
+    def init_state(self, features: Tensor) -> tuple[State, Memory]:
+        """Return the first state (section 3.1.2) and what attention makes of the image."""
+        features = self.dropout(self.feature(features))
+        initial = torch.tanh(self.initial(features.mean(1)))  # (B, L * states * H)
+        state = initial.unflatten(1, (1, -1, self.config.hidden_size)).unbind(2)
+        return state, self.attention.prepare(features)
+
+    def word_inputs(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the words' part of W_x x + b, (…, gates * H), and the words, (…, E)."""
+        words = self.dropout(self.embedding(token_ids))
+        return self.word_projection(words), words
+
+    def step(self, token_ids: Tensor, state: State, memory: Memory) -> StepOutput:
+        """Attend to the image by the last state (eq. 4-6), then advance."""
+        context, weights = self.attention(state[-self.per_layer], memory)
+        output, *new_state = self.active_rows(self._advance, token_ids, context, *state)
+        return StepOutput(output, tuple(new_state), weights)
+
+    def _advance(self, token_ids: Tensor, context: Tensor, *state: Tensor) -> State:
+        projected, words = self.word_inputs(token_ids)
+        context = torch.sigmoid(self.gate(state[-self.per_layer])) * context  # section 4.2.1
+        state = self.cells.step(projected + self.context_projection(context), state)  # eq. 1-3
+        hidden = self.dropout(state[-self.per_layer])
+        output = words + self.deep_output(torch.cat([hidden, context], -1))  # eq. 7
+        return self.dropout(output), *state

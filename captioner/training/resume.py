@@ -1,0 +1,200 @@
+"""What a run needs to go on where it stopped, as if it had never been interrupted."""
+
+import dataclasses
+import hashlib
+import json
+import pickle
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captioner.config import Config, parse
+from captioner.data.dataset import CaptionDataset
+from captioner.errors import CheckpointError, ConfigError
+from captioner.files import recover_directory
+from captioner.progress import log_line
+
+STATE_FILE = "training_state.pt"
+FORMAT = 2  # 1: other weights in the optimiser
+
+# Settings that may differ when a run is resumed: they don't change what is computed.
+FREE_TO_CHANGE = {
+    "data.root",
+    "data.workers",
+    "data.cache_dir",
+    "training.device",
+    "training.log_every",
+    "training.gradient_flow_every",
+    "training.checkpoint_every",
+    "training.patience",
+}
+
+
+@dataclass
+class TrainState:
+    """How far a run is, besides weights and optimiser.
+
+    Attributes:
+        epoch: Epochs that are finished.
+        batch: Batches of the next epoch that are finished.
+        step: Optimiser steps taken.
+        best_epoch, best_scores: Of the best checkpoint.
+        wandb_id: The run in Weights & Biases.
+        loss, tokens, seconds: Sums over the finished batches of this epoch.
+        log_bytes: Length of log.jsonl when the state was saved.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best_epoch: int = 0
+    best_scores: dict[str, float] = field(default_factory=dict)
+    wandb_id: str | None = None
+    loss: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    log_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a resumed run must find again, besides its settings, to end with the same weights.
+
+    Attributes:
+        train_sha256, val_sha256: Of image ids and captions of the splits.
+        precision: In which the run really computes.
+        device: Kind of the device ("cpu", "cuda", "mps").
+    """
+
+    train_sha256: str
+    val_sha256: str
+    precision: str
+    device: str
+
+    @classmethod
+    def of_run(
+        cls,
+        train_set: CaptionDataset,
+        val_set: CaptionDataset,
+        precision: torch.dtype,
+        device: torch.device,
+    ) -> "Circumstances":
+        """Return those of a run that is about to start."""
+        return cls(
+            _sha256(train_set),
+            _sha256(val_set),
+            str(precision).removeprefix("torch."),
+            device.type,
+        )
+
+    def check_same(self, saved: "Circumstances", output_dir: Path) -> None:
+        """Refuse to go on where a result would differ; say so where only rounding may.
+
+        Raises:
+            CheckpointError: Another split or another precision.
+        """
+        for split in ("train", "val"):
+            if getattr(self, f"{split}_sha256") != getattr(saved, f"{split}_sha256"):
+                raise CheckpointError(
+                    f"{output_dir}: the images or captions of the {split} split have changed since "
+                    "this run was started, so it can't be resumed"
+                )
+        if self.precision != saved.precision:
+            raise CheckpointError(
+                f"{output_dir}: this run was computed in {saved.precision}, and here it would be "
+                f"{self.precision}; it can be resumed where {saved.precision} is native"
+            )
+        if self.device != saved.device:
+            log_line(
+                f"warning: this run was computed on {saved.device} and goes on with {self.device}: "
+                "its weights will differ a little from those of an uninterrupted run"
+            )
+
+
+def _sha256(dataset: CaptionDataset) -> str:
+    text = json.dumps([dataset.image_ids, dataset.captions])
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def load_training_state(output_dir: Path, config: Config, resume: bool) -> dict[str, Any] | None:
+    """Read what a run needs to be resumed; None if it starts from the beginning.
+
+    Raises:
+        ConfigError: A run is there, but it is not to be resumed.
+        CheckpointError: The state can't be read, or is that of another experiment.
+    """
+    for name in ("last", "best"):
+        recover_directory(output_dir / name)
+        for half_written in output_dir.glob(f".{name}.*.tmp"):  # by a process that was killed
+            shutil.rmtree(half_written, ignore_errors=True)
+    path = output_dir / "last" / STATE_FILE
+    if not resume and ((output_dir / "last").exists() or (output_dir / "best").exists()):
+        raise ConfigError(
+            f"{output_dir}: a run is there already; --resume continues it, another --output-dir "
+            "starts a new one"
+        )
+    if not resume:
+        return None
+    if not path.exists():
+        log_line(f"nothing to resume in {output_dir}: starting from the beginning")
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state_format = state.get("format", 1)
+        # Settings that are newer than the run take their defaults.
+        saved = parse(Config, json.loads(state["config"]), str(path)).to_dict()
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
+    if state_format != FORMAT:
+        raise CheckpointError(
+            f"{path}: written by another version of captioner (format {state_format}, {FORMAT} was "
+            "expected): finish the run with that version, or start a new one"
+        )
+    _check_same_settings(saved, config.to_dict(), output_dir)
+    return state
+
+
+def _check_same_settings(saved: dict[str, Any], given: dict[str, Any], output_dir: Path) -> None:
+    for section in given:
+        for key, value in given[section].items():
+            name, before = f"{section}.{key}", saved.get(section, {}).get(key)
+            if value != before and section != "wandb" and name not in FREE_TO_CHANGE:
+                raise CheckpointError(
+                    f"{output_dir}: this run was started with {name} = {before!r}, and can't be "
+                    f"resumed with {value!r}"
+                )
+
+
+def pack_state(
+    state: TrainState,
+    circumstances: Circumstances,
+    config: Config,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return all that resuming needs besides the weights, as tensors and plain values."""
+    return {
+        "format": FORMAT,
+        "config": json.dumps(config.to_dict()),
+        "train_state": dataclasses.asdict(state),
+        "circumstances": dataclasses.asdict(circumstances),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+    }
+
+
+def unpack_state(
+    packed: dict[str, Any], optimizer: torch.optim.Optimizer, device: torch.device
+) -> TrainState:
+    """Return the saved state, and set optimiser and random generators to where they were."""
+    state = TrainState(**packed["train_state"])
+    optimizer.load_state_dict(packed["optimizer"])
+    torch.set_rng_state(packed["rng"])
+    if device.type == "cuda" and len(packed["rng_cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(packed["rng_cuda"])
+    log_line(f"resuming after step {state.step}, in epoch {state.epoch + 1}")
+    return state
