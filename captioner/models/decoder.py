@@ -235,7 +235,8 @@ class Decoder(nn.Module, ABC):
         Captions that have ended take no further steps where those after them have ended too.
         """
         sizes, rows, positions = _active_rectangles(real)
-        if trace is not None:
+        if trace is not None:  # where the first state is a constant, its gradient shows too
+            state = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in state)
             trace.append(state)
         outputs, attention = [], None
         for t, (b, k) in enumerate(sizes):

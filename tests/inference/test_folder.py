@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import draw
+from run_commands import run_caption
 
 from captioner.commands import evaluate
-from captioner.commands.caption import main
 from captioner.data.predictions import read_results
 from captioner.inference.folder import caption_files, find_images
 
@@ -37,11 +37,6 @@ WORDS = {
 }
 
 
-def run(checkpoint: Path, folder: Path, output: Path, *options: object) -> int:
-    words = [checkpoint, folder, "--output", output, "--device", "cpu", "--workers", 0, *options]
-    return main([str(word) for word in words])
-
-
 @pytest.fixture
 def odd_folder(tmp_path):
     """Names of all kinds, folders in folders, hidden files, other files."""
@@ -59,7 +54,7 @@ def odd_folder(tmp_path):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".JSON"])
 def test_each_format_holds_every_name_and_caption(checkpoint, odd_folder, tmp_path, suffix, capsys):
     output = tmp_path / "new folder" / f"captions{suffix}"
-    assert run(checkpoint, odd_folder, output) == 0
+    assert run_caption(checkpoint, odd_folder, output) == 0
     found = read_results(output)
     assert found == {name: WORDS[drawing] for name, drawing in ODD_NAMES.items()}
     said = capsys.readouterr()
@@ -69,7 +64,7 @@ def test_each_format_holds_every_name_and_caption(checkpoint, odd_folder, tmp_pa
 
 def test_columns_of_the_formats(checkpoint, drawn, tmp_path):
     for suffix in (".json", ".jsonl", ".csv"):
-        run(checkpoint, drawn.images, tmp_path / f"c{suffix}")
+        run_caption(checkpoint, drawn.images, tmp_path / f"c{suffix}")
     rows = json.loads((tmp_path / "c.json").read_text())
     assert all(row.keys() == {"image_id", "caption"} for row in rows)  # as COCO's server wants it
     lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
@@ -89,7 +84,7 @@ def test_unreadable_files_are_named_and_the_rest_is_there(checkpoint, drawn, tmp
     text.write_text("not an image")
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "gone.png").symlink_to("nothing.png")
-    assert run(checkpoint, folder, output, "--batch-size", 2, "--workers", 1) == 3
+    assert run_caption(checkpoint, folder, output, "--batch-size", 2, "--workers", 1) == 3
     assert read_results(output) == drawn.captions
     errors = capsys.readouterr().err
     for name in ("cut.png", "empty.jpg", "text.jpeg", "loop.png", "gone.png"):
@@ -101,7 +96,7 @@ def test_unreadable_files_are_named_and_the_rest_is_there(checkpoint, drawn, tmp
 def test_a_folder_of_bad_images_alone(checkpoint, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"\xff\xd8\xff")
-    assert run(checkpoint, tmp_path / "bad", tmp_path / "captions.csv") == 3
+    assert run_caption(checkpoint, tmp_path / "bad", tmp_path / "captions.csv") == 3
     assert read_results(tmp_path / "captions.csv") == {}
 
 
@@ -115,7 +110,7 @@ def test_nothing_to_caption_is_an_error(checkpoint, tmp_path, capsys, case):
     if case == "no image":
         (folder / "a.txt").write_text("")
         (folder / ".b.png").write_text("")
-    assert run(checkpoint, folder, output) == 1
+    assert run_caption(checkpoint, folder, output) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {folder}: no ")
     assert error.count("\n") == 1
@@ -149,7 +144,7 @@ def test_annotations_choose_the_images_and_their_ids(checkpoint, drawn, tmp_path
     some = tmp_path / "some.json"
     some.write_text(json.dumps(content))
     output = tmp_path / "captions.json"
-    assert run(checkpoint, drawn.images, output, "--annotations", some) == 0
+    assert run_caption(checkpoint, drawn.images, output, "--annotations", some) == 0
     expected = {i["id"]: drawn.captions[i["file_name"]] for i in content["images"]}
     assert list(read_results(output).items()) == list(expected.items())
 
@@ -157,14 +152,16 @@ def test_annotations_choose_the_images_and_their_ids(checkpoint, drawn, tmp_path
         key = "image_id" if "image_id" in entry else "id"
         entry[key] = f"img-{entry[key]:04}"
     some.write_text(json.dumps(content))
-    assert run(checkpoint, drawn.images, output, "--annotations", some) == 0
+    assert run_caption(checkpoint, drawn.images, output, "--annotations", some) == 0
     assert list(read_results(output)) == [f"img-{number:04}" for number in expected]
 
 
 def test_results_are_evaluated_as_they_are(checkpoint, drawn, tmp_path, capsys):
     for suffix in (".json", ".jsonl", ".csv"):
         output, scores = tmp_path / f"captions{suffix}", tmp_path / "scores.json"
-        assert run(checkpoint, drawn.images, output, "--annotations", drawn.annotations) == 0
+        assert (
+            run_caption(checkpoint, drawn.images, output, "--annotations", drawn.annotations) == 0
+        )
         words = ["--references", drawn.annotations, "--hypotheses", output, "--output", scores]
         assert evaluate.main([str(word) for word in words]) == 0
         found = json.loads(scores.read_text())
@@ -178,7 +175,7 @@ def test_listed_but_missing_images_are_named(checkpoint, drawn, tmp_path, capsys
     content["images"].append({"id": 999, "file_name": "not here.jpg"})
     listed, output = tmp_path / "listed.json", tmp_path / "captions.json"
     listed.write_text(json.dumps(content))
-    assert run(checkpoint, drawn.images, output, "--annotations", listed) == 3
+    assert run_caption(checkpoint, drawn.images, output, "--annotations", listed) == 3
     assert len(read_results(output)) == 8
     error = capsys.readouterr().err
     assert f"{drawn.images / 'not here.jpg'}: no such file" in error
@@ -193,9 +190,9 @@ def test_a_split_of_csv_annotations(checkpoint, drawn, tmp_path, capsys):
     listed, output = tmp_path / "captions.csv", tmp_path / "out.json"
     listed.write_text("\n".join(["image,caption,split", *rows]))
     options = ["--annotations", listed, "--split"]
-    assert run(checkpoint, drawn.images, output, *options, "test") == 0
+    assert run_caption(checkpoint, drawn.images, output, *options, "test") == 0
     assert read_results(output) == {n: t for n, t in drawn.captions.items() if "disc" in n}
-    assert run(checkpoint, drawn.images, output, *options, "tset") == 1
+    assert run_caption(checkpoint, drawn.images, output, *options, "tset") == 1
     assert "did you mean 'test'" in capsys.readouterr().err
 
 
@@ -210,7 +207,7 @@ def test_a_split_of_csv_annotations(checkpoint, drawn, tmp_path, capsys):
 def test_annotations_that_list_nothing(checkpoint, drawn, tmp_path, capsys, content, expected):
     listed = tmp_path / "listed.json"
     listed.write_text(content if isinstance(content, str) else json.dumps(content))
-    assert run(checkpoint, drawn.images, tmp_path / "o.json", "--annotations", listed) == 1
+    assert run_caption(checkpoint, drawn.images, tmp_path / "o.json", "--annotations", listed) == 1
     error = capsys.readouterr().err
     assert re.search(expected, error)
     assert str(listed) in error
@@ -235,7 +232,7 @@ def test_wrong_usage_is_refused_before_any_work(tmp_path, capsys, output, option
     (tmp_path / "taken").write_text("old")
     (tmp_path / "folder.json").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    assert run(tmp_path / "none", tmp_path / "none", tmp_path / output, *options) == 2
+    assert run_caption(tmp_path / "none", tmp_path / "none", tmp_path / output, *options) == 2
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
@@ -251,7 +248,7 @@ def test_wrong_usage_is_refused_before_any_work(tmp_path, capsys, output, option
     ],
 )
 def test_impossible_settings_are_one_line(checkpoint, drawn, tmp_path, capsys, option, expected):
-    assert run(checkpoint, drawn.images, tmp_path / "c.json", *option) == 1
+    assert run_caption(checkpoint, drawn.images, tmp_path / "c.json", *option) == 1
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
@@ -259,7 +256,7 @@ def test_impossible_settings_are_one_line(checkpoint, drawn, tmp_path, capsys, o
 
 def test_search_options_reach_the_search(checkpoint, drawn, tmp_path):
     output = tmp_path / "captions.json"
-    assert run(checkpoint, drawn.images, output, "--max-length", 2, "--beam-size", 1) == 0
+    assert run_caption(checkpoint, drawn.images, output, "--max-length", 2, "--beam-size", 1) == 0
     assert set(read_results(output).values()) == {"a red", "a bright", "a blue", "a yellow"}
 
 
@@ -271,12 +268,12 @@ def test_the_output_appears_whole_or_not_at_all(checkpoint, drawn, tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert run(checkpoint, drawn.images, output) == 1
+    assert run_caption(checkpoint, drawn.images, output) == 1
     monkeypatch.undo()
     assert "error: writing: No space left on device" in capsys.readouterr().err
     assert output.read_text() == "old"
     (checkpoint / "vocabulary.json").unlink()
-    assert run(checkpoint, drawn.images, output) == 1
+    assert run_caption(checkpoint, drawn.images, output) == 1
     assert output.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.json", "checkpoint"]
 

@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
-from captioner.config import DecoderConfig, SearchConfig
+from captioner.config import SearchConfig
 from captioner.errors import CheckpointError
 from captioner.files import atomic_directory, recover_directory
 from captioner.inference.captioner import Captioner
-from captioner.models.captioning_model import CaptionModel, load_checkpoint, save_checkpoint
+from captioner.models.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
+FORMAT_1 = sorted(Path(__file__).with_name("checkpoints_format_1").iterdir())
 
 
 def refusal(directory: Path) -> str:
@@ -53,26 +55,36 @@ def test_round_trip(tiny_model, captioner, checkpoint, drawn):
     assert captions == captioner.caption(drawn.paths) == list(drawn.captions.values())
 
 
+@pytest.mark.parametrize("folder", FORMAT_1, ids=lambda folder: folder.name)
+def test_checkpoints_of_format_1_load_and_give_the_same_captions(folder):
+    """Written by captioner 0.1.0, with what it said about pictures of one colour."""
+    captioner = Captioner.from_pretrained(folder, "cpu", "float32")
+    for colour, captions in json.loads((folder / "captions.json").read_text()).items():
+        picture = Image.new("RGB", (32, 32), colour)
+        (described,) = captioner.describe(picture, beam_size=3, n_best=3)
+        assert [caption.text for caption in described] == [text for text, _ in captions]
+        log_probabilities = [caption.log_probability for caption in described]
+        assert log_probabilities == pytest.approx([score for _, score in captions], abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["show_and_tell", "show_attend_tell"])
-def test_checkpoints_from_before_the_recurrent_stack_load(tiny_model, tmp_path, kind):
-    """They lack the newer settings, and name the fused weights without ``fused``."""
-    config = DecoderConfig(kind, "gru", 2, 8, 9, 7)
-    model = CaptionModel(tiny_model.encoder, config, tiny_model.vocabulary, tiny_model.search)
-    save_checkpoint(model, tmp_path, {})
+def test_the_oldest_checkpoints_load_too(tmp_path, kind):
+    """They lack newer settings, and hold torch's own names of the recurrent weights."""
+    source = next(folder for folder in FORMAT_1 if folder.name == f"{kind}_lstm")
+    folder = shutil.copytree(source, tmp_path / "old")
 
     def forget(content):
         for name in ("recurrent_initialisation", "forget_bias"):
             del content["decoder"][name]
 
-    edit_json(tmp_path / "config.json", forget)
-    path = tmp_path / "model.safetensors"
+    edit_json(folder / "config.json", forget)
+    path = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
-    old = {name.replace(".fused.", "."): tensor for name, tensor in tensors.items()}
-    assert (old.keys() == tensors.keys()) == (kind == "show_attend_tell")
-    safetensors.torch.save_file(old, path)
-    loaded = load_checkpoint(tmp_path)
-    assert loaded.decoder.config == config
-    for one, other in zip(loaded.parameters(), model.parameters(), strict=True):
+    older = {name.replace(".fused.", "."): tensor for name, tensor in tensors.items()}
+    assert (older.keys() == tensors.keys()) == (kind == "show_attend_tell")
+    safetensors.torch.save_file(older, path)
+    loaded, expected = load_checkpoint(folder), load_checkpoint(source)
+    for one, other in zip(loaded.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
@@ -207,8 +219,8 @@ def change(*keys, to):
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        (change("format", to=2), "checkpoint format 1 was expected, found 2"),
-        (drop("format"), "checkpoint format 1 was expected, found None"),
+        (change("format", to=3), "checkpoint format 2 or earlier was expected, found 3"),
+        (drop("format"), "checkpoint format 2 or earlier was expected, found None"),
         (change("decoder", "hidden_sise", to=3), "unknown key 'hidden_sise'; did you mean"),
         (change("search", "beams", to=3), "unknown key 'beams'"),
         (change("decoder", "hidden_size", to="32"), "hidden_size: .*found '32'"),

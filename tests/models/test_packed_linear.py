@@ -20,7 +20,7 @@ def dtype(request):
 def test_it_is_a_linear_layer(dtype, bias, shape):
     torch.manual_seed(0)
     layer, x = nn.Linear(7, 11, bias=bias), torch.randn(shape)
-    packed = PackedLinear.of(layer, dtype)
+    packed = PackedLinear.from_layer(layer, dtype)
     exact = layer.double()(x.to(dtype).double())
     said = packed(x.to(dtype))
     assert said.dtype == dtype
@@ -37,7 +37,7 @@ def test_rows_that_lie_apart(dtype):
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_is_the_same_in_any_batch(narrow):
     packed = PackedLinear(torch.randn(500, 300), torch.randn(500), narrow)
-    if not packed._packed:
+    if not packed._is_packed:
         pytest.skip("this torch multiplies without oneDNN")
     x = torch.randn(260, 300).to(narrow)
     whole = packed(x)
@@ -48,7 +48,7 @@ def test_a_row_is_the_same_in_any_batch(narrow):
 def test_it_does_not_follow_the_layer_it_was_made_of():
     layer, x = nn.Linear(3, 2), torch.randn(4, 3)
     for dtype in (torch.float32, torch.float64):
-        packed = PackedLinear.of(layer, dtype)
+        packed = PackedLinear.from_layer(layer, dtype)
         before = packed(x.to(dtype)).clone()
         with torch.no_grad():
             layer.weight.add_(1)

@@ -5,17 +5,15 @@ from itertools import product
 
 import pytest
 import torch
-from torch import nn
 
 from captioner.models.recurrent import (
+    CELL_STEPS,
     CELLS,
+    GATE_COUNTS,
     INITIALISATIONS,
-    STEPS,
+    CellStack,
     RecurrentStack,
-    StepCells,
-    gradient_norms,
-    states_of,
-    traced,
+    states_per_layer,
 )
 
 GATES = {
@@ -45,7 +43,7 @@ def start_of(stack: RecurrentStack, rows: int = 3, seed: int = 5):
     generator = torch.Generator().manual_seed(seed)
     return tuple(
         torch.randn(stack.depth, rows, 7, dtype=dtype, generator=generator, requires_grad=True)
-        for _ in range(states_of(stack.cell))
+        for _ in range(states_per_layer(stack.cell))
     )
 
 
@@ -168,20 +166,12 @@ def test_dropout_lies_between_layers_and_only_in_training():
         assert not torch.equal(outputs[0][1], outputs[1][1])
     two.eval()
     assert torch.equal(two(x)[0], two(x)[0])
-    cells, states = StepCells("gru", 5, 6, 2, 0.5), [(torch.zeros(4, 6),)] * 2
-    x = torch.randn(4, 5)
-    assert not torch.equal(cells(x, states)[0], cells(x, states)[0])
-    cells.eval()
-    assert torch.equal(cells(x, states)[0], cells(x, states)[0])
-
-
-def test_weights_of_the_bare_fused_module_are_read():
-    """Checkpoints were written when a decoder held torch's module itself."""
-    stack = make("lstm", 2)
-    outer = nn.ModuleDict({"recurrence": make("lstm", 2)})
-    outer.load_state_dict({f"recurrence.{n}": p for n, p in stack.fused.state_dict().items()})
-    x = input_of(torch.float64)
-    torch.testing.assert_close(outer["recurrence"](x)[0], stack(x)[0])
+    projected, state = torch.randn(4, 18), (torch.zeros(4, 6),) * 2
+    stack = RecurrentStack("gru", 5, 6, 2, 0.5)
+    for layers in (CellStack("gru", 6, 2, 0.5), stack):
+        assert not torch.equal(layers.step(projected, state)[1], layers.step(projected, state)[1])
+        layers.eval()
+        assert torch.equal(layers.step(projected, state)[1], layers.step(projected, state)[1])
 
 
 # --- truncated back-propagation -----------------------------------------------------------------
@@ -239,10 +229,12 @@ def test_a_cut_takes_nothing_from_rows_that_have_ended(cell):
 def test_initial_weights(cell, name):
     """What recurs is as the setting says in each gate, biases are 0 but the forget gate's."""
     stack = RecurrentStack(cell, 5, 8, initialisation=name, forget_bias=2.5)
-    cells = StepCells(cell, 5, 8, 1, 0.0, name, forget_bias=2.5)
+    cells = CellStack(cell, 8, 1, 0.0, name, forget_bias=2.5)
+    word, context = cells.input_projections(2, 3)
+    assert context.bias is None
     for weights, *biases in (
         (stack.fused.weight_hh_l0, stack.fused.bias_ih_l0, stack.fused.bias_hh_l0),
-        (cells.layers[0].weight_hh, cells.layers[0].bias_ih, cells.layers[0].bias_hh),
+        (cells.from_hidden[0].weight, word.bias, cells.from_hidden[0].bias),
     ):
         for gate in weights.split(8):
             orthogonal = torch.allclose(gate @ gate.T, torch.eye(8), atol=1e-5)
@@ -278,76 +270,37 @@ def test_the_forget_bias_is_how_slowly_an_lstm_forgets(bias):
 
 
 @pytest.mark.parametrize(("cell", "layers"), list(product(CELLS, [1, 2])))
-def test_step_cells_equal_the_fused_sequence(cell, layers):
-    torch.manual_seed(layers)
-    cells = StepCells(cell, 5, 7, layers, dropout=0.0).double()
+def test_single_steps_equal_the_fused_sequence(cell, layers):
     stack = make(cell, layers)
+    cells = CellStack(cell, 7, layers).double()
+    first, second = (part.double() for part in cells.input_projections(2, 3))
     with torch.no_grad():
-        for number, layer in enumerate(cells.layers):
-            for name, parameter in layer.named_parameters():
-                parameter.copy_(getattr(stack.fused, f"{name}_l{number}"))
+        for number, (input_weight, input_bias, weight, bias) in enumerate(stack.layer_weights()):
+            cells.from_hidden[number].load_state_dict({"weight": weight, "bias": bias})
+            if number:
+                below = {"weight": input_weight, "bias": input_bias}
+                cells.from_below[number - 1].load_state_dict(below)
+            else:
+                first.load_state_dict({"weight": input_weight[:, :2], "bias": input_bias})
+                second.load_state_dict({"weight": input_weight[:, 2:]})
     x, start = input_of(torch.float64), start_of(stack)
-    states = [tuple(part[number] for part in start) for number in range(layers)]
-    outputs = []
+    state = tuple(part[number] for number in range(layers) for part in start)
+    states = {stack: state, cells: state}
+    outputs = {stack: [], cells: []}
     for t in range(6):
-        h, states = cells(x[:, t], states)
-        outputs.append(h)
-    torch.testing.assert_close(torch.stack(outputs, 1), stack(x, start)[0], rtol=0, atol=1e-12)
-    assert [len(state) for state in states] == [states_of(cell)] * layers
-
-
-# --- gradient flow ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_traced_is_the_same_run_and_shows_every_step(cell):
-    stack, x = make(cell, 2), input_of(torch.float64)
-    expected, _ = stack(x)
-    with traced(stack) as hidden:
-        outputs, _ = stack(x)
-    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-12)
-    assert [len(layer) for layer in hidden] == [6, 6]
-    torch.testing.assert_close(torch.stack(hidden[1], 1), expected, rtol=0, atol=1e-12)
-    stack(x)
-    assert len(hidden[0]) == 6  # nothing is kept afterwards
-
-
-def test_gradient_norms_by_hand():
-    """h(t) = w h(t-1), one unit: dL/dh(t) is w for each step to the end; nothing beyond a cut."""
-    stack = RecurrentStack("rnn_relu", 1, 1).double()
-    with torch.no_grad():
-        stack.fused.weight_ih_l0.fill_(1.0)
-        stack.fused.weight_hh_l0.fill_(0.5)
-    x = torch.zeros(2, 5, 1, dtype=torch.float64)
-    x[:, 0] = torch.tensor([[1.0], [3.0]])
-    seen = stack.unroll(x)
-    norms = gradient_norms(2 * seen.outputs[:, -1].sum(), seen.hidden)
-    assert norms == [pytest.approx([2 * 0.5**back for back in (4, 3, 2, 1, 0)])]
-    cut = stack.unroll(x, bptt_window=2)  # cut after steps 2 and 4
-    norms = gradient_norms(2 * cut.outputs[:, -1].sum(), cut.hidden)
-    assert norms == [pytest.approx([0, 0, 0, 0, 2])]
-    assert all(parameter.grad is None for parameter in stack.parameters())
-
-
-def test_gradient_norms_are_finite_differences():
-    stack, x = make("lstm"), input_of(torch.float64)
-    seen = stack.unroll(x)
-    found = gradient_norms(seen.outputs[:, -1].square().sum(), seen.hidden)[0]
-
-    def loss(h, c):
-        """Go on from the state after step 3, given there."""
-        outputs, _ = stack(x[:, 3:], (h, c))
-        return outputs[:, -1].square().sum()
-
-    with torch.no_grad():
-        _, (h, c) = stack(x[:, :3])
-        numeric = torch.zeros(3, 7, dtype=torch.float64)
-        for row, unit in product(range(3), range(7)):
-            shift = torch.zeros_like(h)
-            shift[0, row, unit] = 1e-6
-            numeric[row, unit] = (loss(h + shift, c) - loss(h - shift, c)) / 2e-6
-    assert found[2] == pytest.approx(float(numeric.norm(dim=1).mean()), rel=1e-6)
+        projected = {
+            stack: stack.project(x[:, t]),
+            cells: first(x[:, t, :2]) + second(x[:, t, 2:]),
+        }
+        for each in outputs:
+            states[each] = each.step(projected[each], states[each])
+            outputs[each].append(states[each][-states_per_layer(cell)])
+    for steps in outputs.values():
+        torch.testing.assert_close(torch.stack(steps, 1), stack(x, start)[0], rtol=0, atol=1e-12)
+    last = stack(x, start)[1]
+    columns = stack.stack_state(tuple(part.unsqueeze(1) for part in states[stack]))
+    torch.testing.assert_close(columns, last, rtol=0, atol=1e-12)
 
 
 def test_every_cell_has_its_equations():
-    assert set(STEPS) == set(CELLS)
+    assert set(CELL_STEPS) == set(GATE_COUNTS) == set(CELLS)

@@ -10,8 +10,8 @@ from functools import cache
 
 import pytest
 import torch
+from run_commands import run_caption
 from test_decoding import HistoryModel, brute_force, same
-from test_folder import run
 
 from captioner.config import SearchConfig, attribute_docs
 from captioner.data.predictions import read_results
@@ -411,7 +411,7 @@ def test_every_setting_is_explained():
 
 
 def captions_of(checkpoint, drawn, output, *options):
-    assert run(checkpoint, drawn.images, output, "--precision", "float32", *options) == 0
+    assert run_caption(checkpoint, drawn.images, output, "--precision", "float32", *options) == 0
     return read_results(output)
 
 
@@ -443,7 +443,7 @@ def test_the_command_writes_the_n_best(checkpoint, drawn, captioner, tmp_path, c
         assert row["caption"] == best[row["image_id"]] == row["captions"][0]
     for suffix in (".json", ".csv"):
         other = tmp_path / f"other{suffix}"
-        assert run(checkpoint, drawn.images, other, "--n-best", 3) == 2
+        assert run_caption(checkpoint, drawn.images, other, "--n-best", 3) == 2
         assert "3 captions of an image (search.n_best) need a name that ends in .jsonl" in (
             capsys.readouterr().err
         )
@@ -467,7 +467,7 @@ def test_the_command_samples_by_seed_and_image_alone(checkpoint, drawn, tmp_path
     def sampled(images, seed, batch_size):
         listed.write_text(json.dumps({"images": images, "annotations": []}))
         options = ("--annotations", listed, "--batch-size", batch_size, "--seed", seed)
-        options += ("--samples", 4, "--n-best", 4, "--temperature", 3.0)
+        options += ("--samples", 4, "--n-best", 4, "--temperature", 6.0)
         captions_of(checkpoint, drawn, output, *options)
         rows = [json.loads(line) for line in output.read_text().splitlines()]
         return {row["image_id"]: row["captions"] for row in rows}

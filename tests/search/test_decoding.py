@@ -10,7 +10,8 @@ from torch import Tensor
 from captioner.config import DecoderConfig, SearchConfig
 from captioner.data.vocabulary import BOS, EOS, PAD, UNK
 from captioner.errors import SearchError
-from captioner.models.decoder import make_decoder
+from captioner.models.captioning_model import make_decoder
+from captioner.models.inference_decoder import InferenceDecoder
 from captioner.search.decoding import Hypothesis, decode
 
 INF = math.inf
@@ -158,10 +159,10 @@ def test_decoders_batched_equal_one_by_one_and_score_as_teacher_forcing(kind, dt
             parameter.mul_(4)
         decoder.embedding.weight.mul_(8)  # far from uniform: captions of many lengths
     features = torch.randn(12, 6, 10).to(dtype)
-    steps = decoder.for_search(dtype)
+    steps = InferenceDecoder(decoder, dtype)
 
     def search(features):
-        memory, state = steps.start(features)
+        state, memory = steps.init_state(features)
         return beam_search(steps.step, state, memory, 4, 12, 0.7, n_best=4)
 
     with torch.inference_mode():
@@ -173,9 +174,9 @@ def test_decoders_batched_equal_one_by_one_and_score_as_teacher_forcing(kind, dt
         assert [h.token_ids for h in found] == [h.token_ids for h in single]
         for hypothesis in found:
             token_ids = torch.tensor([[[BOS, *hypothesis.token_ids, EOS]]])
-            said = decoder.teacher_forcing(features[image : image + 1], token_ids)
-            chosen = said.logits.log_softmax(-1).gather(1, said.targets.unsqueeze(1))
-            assert hypothesis.log_probability == pytest.approx(chosen.sum().item(), abs=tolerance)
+            output = decoder.teacher_forcing(features[image : image + 1], token_ids)
+            expected = output.log_probabilities().sum().item()
+            assert hypothesis.log_probability == pytest.approx(expected, abs=tolerance)
 
 
 def test_stops_when_no_unfinished_hypothesis_can_win():

@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from run_commands import run_caption
 from test_decoding import HistoryModel, same
-from test_folder import run
 
 from captioner.config import SearchConfig
 from captioner.data.predictions import read_results
 from captioner.data.vocabulary import BOS, EOS, Vocabulary
 from captioner.errors import CheckpointError, UsageError
 from captioner.inference.captioner import Captioner
-from captioner.models.captioning_model import CaptionModel, save_checkpoint
+from captioner.models.captioning_model import CaptioningModel
+from captioner.models.checkpoint import save_checkpoint
 from captioner.models.encoder import Encoder
 from captioner.search.decoding import Hypothesis, average, decode
 
@@ -68,20 +69,22 @@ def test_a_model_with_itself_is_that_model(settings):
 # --- checkpoints ------------------------------------------------------------------------------
 
 
-def another(model: CaptionModel, kind: str, seed: int, **parts) -> CaptionModel:
+def another(model: CaptioningModel, kind: str, seed: int, **parts) -> CaptioningModel:
     """Return a random model of the same words, far from uniform."""
     torch.manual_seed(seed)
     encoder = parts.get("encoder") or Encoder("squeezenet1_1", model.encoder.preprocessing)
     config = replace(model.decoder.config, kind=kind, hidden_size=20, layers=2)
-    other = CaptionModel(encoder, config, parts.get("vocabulary", model.vocabulary), SearchConfig())
+    other = CaptioningModel(
+        encoder, config, parts.get("vocabulary", model.vocabulary), SearchConfig()
+    )
     other.requires_grad_(False)
     for parameter in other.decoder.parameters():
-        parameter.mul_(4)
+        parameter.mul_(6)
     return other.eval()
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model) -> list[CaptionModel]:
+def models(tiny_model) -> list[CaptioningModel]:
     """One that has learnt, one of the other kind with its CNN, and one with its own CNN."""
     return [
         tiny_model,
@@ -90,11 +93,10 @@ def models(tiny_model) -> list[CaptionModel]:
     ]
 
 
-def chances(model: CaptionModel, features: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
+def chances(model: CaptioningModel, features: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
     """Return the probability of each word of one image's caption, and of its end."""
     row = torch.tensor([[[BOS, *token_ids, EOS]]])
-    said = model.decoder.teacher_forcing(features, row)
-    return said.logits.double().softmax(-1).gather(1, said.targets.unsqueeze(1)).squeeze(1)
+    return model.decoder.teacher_forcing(features, row).log_probabilities().double().exp()[0, 0]
 
 
 @pytest.mark.parametrize("chosen", [(0, 1), (1, 2), (2, 0, 1)])
@@ -133,9 +135,9 @@ def test_the_command_averages_checkpoints(models, checkpoint, drawn, tmp_path):
         save_checkpoint(models[number], further[-1], {})
     output = tmp_path / "captions.json"
     options = ("--precision", "float32", "--ensemble")
-    assert run(checkpoint, drawn.images, output, *options, checkpoint) == 0
+    assert run_caption(checkpoint, drawn.images, output, *options, checkpoint) == 0
     assert read_results(output) == drawn.captions
-    assert run(checkpoint, drawn.images, output, *options, *further) == 0
+    assert run_caption(checkpoint, drawn.images, output, *options, *further) == 0
     expected = Captioner(models, "cpu", "float32").caption(drawn.paths)
     assert list(read_results(output).values()) == expected != list(drawn.captions.values())
     loaded = Captioner.from_pretrained([checkpoint, *further], "cpu", "float32")
@@ -162,7 +164,7 @@ def test_models_of_other_words_or_preprocessing_are_refused(
     (tmp_path / "fewer").mkdir()
     save_checkpoint(fewer, tmp_path / "fewer", {})
     output = tmp_path / "captions.json"
-    assert run(checkpoint, drawn.images, output, "--ensemble", tmp_path / "fewer") == 1
+    assert run_caption(checkpoint, drawn.images, output, "--ensemble", tmp_path / "fewer") == 1
     assert expected in capsys.readouterr().err
     assert not output.exists()
 
@@ -187,7 +189,7 @@ def test_attention_maps_are_those_of_each_captions_words(models, drawn, settings
             assert caption.attention.shape == (len(words) + 1, side, side)
             sums = caption.attention.sum((1, 2))
             assert torch.allclose(sums, torch.ones(len(words) + 1), atol=1e-5)
-            alone = model.decoder.attention(features, torch.tensor([[[BOS, *words]]]))
+            alone = model.decoder.attention_maps(features, torch.tensor([[[BOS, *words]]]))
             expected = alone[0, 0].unflatten(1, (side, side))
             assert torch.allclose(caption.attention, expected, atol=1e-5)
             assert expected.std(0).max() > 1e-3  # words look at different things

@@ -26,8 +26,11 @@ from captioner.data.dataset import pad
 from captioner.data.predictions import read_results
 from captioner.errors import CheckpointError, ConfigError, DataError, TrainingError
 from captioner.metrics.scores import METRICS, compute_metrics
-from captioner.models.decoder import TeacherForced, make_decoder
-from captioner.training.trainer import caption_loss, learning_rate_factor, train
+from captioner.models.captioning_model import make_decoder
+from captioner.models.decoder import DecoderOutput
+from captioner.training.losses import caption_loss
+from captioner.training.run import locked, train
+from captioner.training.schedule import learning_rate_factor
 
 ROOT = Path(__file__).parents[2]
 COLOURS = {
@@ -267,6 +270,68 @@ def test_resume_refuses_another_experiment(experiment, tmp_path):
         train(load_config(experiment, ["training.epochs=1", "decoder.cell=gru"]), out, resume=True)
 
 
+def test_resume_refuses_captions_that_have_changed(experiment, tmp_path):
+    """The words are the same: the vocabulary alone does not show it."""
+    out, config = tmp_path / "run", load_config(experiment, ["training.epochs=1"])
+    train(config, out)
+    for split in ("train", "val"):
+        path = Path(config.data.root) / f"{split}.json"
+        before = path.read_text()
+        content = json.loads(before)
+        content["annotations"][0]["caption"] += "."  # the words stay the same
+        path.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=f"of the {split} split have changed"):
+            train(config, out, resume=True)
+        path.write_text(before)
+    train(config, out, resume=True)
+
+
+def test_resume_refuses_another_precision(experiment, tmp_path):
+    out, config = tmp_path / "run", load_config(experiment, ["training.epochs=1"])
+    train(config, out)
+    path = out / "last/training_state.pt"
+    state = torch.load(path, weights_only=True)
+    state["circumstances"]["precision"] = "float16"
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="computed in float16, and here it would be"):
+        train(config, out, resume=True)
+
+
+def test_resume_refuses_the_state_of_an_earlier_version(experiment, tmp_path):
+    out, config = tmp_path / "run", load_config(experiment, ["training.epochs=1"])
+    train(config, out)
+    path = out / "last/training_state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["format"]
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="another version of captioner"):
+        train(config, out, resume=True)
+
+
+def test_a_second_process_is_kept_out_of_a_run(experiment, tmp_path):
+    with locked(tmp_path / "run"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "tools/train.py", experiment, "--output-dir", tmp_path / "run"],
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'run'}: another process is training")
+
+
+def test_the_log_goes_on_from_the_state(experiment, tmp_path):
+    """Lines after the last state are dropped, since what they say is computed again."""
+    out, config = tmp_path / "run", load_config(experiment, ["training.epochs=1"])
+    train(config, out)
+    log = out / "log.jsonl"
+    before = log.read_bytes()
+    assert json.loads(before.splitlines()[-1])["kind"] == "epoch"
+    log.write_bytes(before + b'{"kind": "step", "step": 99}\n{"kind": "ste')
+    train(config, out, resume=True)
+    assert log.read_bytes() == before
+
+
 def test_resume_never_runs_code_from_the_state(experiment, tmp_path):
     out = tmp_path / "run"
     train(load_config(experiment, ["training.epochs=1"]), out)
@@ -288,7 +353,7 @@ def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(experiment, tm
     out = tmp_path / "run"
     train(load_config(experiment, ["training.epochs=3"]), out)
     state = torch.load(out / "last/training_state.pt", weights_only=True)
-    state["position"]["epoch"] = 2
+    state["train_state"]["epoch"] = 2
     torch.save(state, out / "last/training_state.pt")
     tensors = weights_of(out / "last")
     tensors["decoder.output.bias"].fill_(math.inf)
@@ -318,8 +383,8 @@ def test_accumulated_batches_equal_one_large_batch():
     def gradients(parts):
         decoder.zero_grad()
         for part in parts:
-            said = decoder.teacher_forcing(features[part], token_ids[part])
-            caption_loss(said, 0.1, 1.0, tokens=19, captions=6).backward()
+            output = decoder.teacher_forcing(features[part], token_ids[part])
+            caption_loss(output, 0.1, 1.0, tokens=19, captions=6).backward()
         return [parameter.grad.clone() for parameter in decoder.parameters()]
 
     whole = gradients([slice(0, 4)])
@@ -400,13 +465,14 @@ def test_a_window_trains_and_a_run_from_before_there_were_windows_goes_on(experi
 def test_caption_loss_is_the_mean_over_true_tokens():
     logits, targets = torch.randn(7, 5), torch.randint(5, (7,))
     expected = torch.nn.functional.cross_entropy(logits, targets)
-    said = TeacherForced(logits, targets)
-    torch.testing.assert_close(caption_loss(said, 0.0, 1.0, tokens=7, captions=2), expected)
+    positions = torch.stack([torch.arange(7) // 4, torch.zeros(7).long(), torch.arange(7) % 4], 1)
+    output = DecoderOutput(logits, targets, positions, (2, 1, 4))
+    torch.testing.assert_close(caption_loss(output, 0.0, 1.0, tokens=7, captions=2), expected)
     attention = torch.tensor([[0.5, 1.5], [2.0, 0.0]])
-    said = TeacherForced(logits, targets, attention)
+    output = replace(output, attention=attention)
     penalty = (0.25 + 0.25 + 1 + 1) / 4
     torch.testing.assert_close(
-        caption_loss(said, 0.0, 2.0, tokens=7, captions=2), expected + 2 * penalty
+        caption_loss(output, 0.0, 2.0, tokens=7, captions=2), expected + 2 * penalty
     )
 
 
