@@ -5,6 +5,7 @@ import graphlib
 import re
 import sys
 import tomllib
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -18,34 +19,46 @@ PACKAGE = ROOT / "captioner"
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.toml"))
 HEAVY = {"torch", "torchvision"}
 
+# From the ground up: a package may import from itself and from those on earlier lines alone.
+LEVELS = [
+    {"ground"},
+    {"data"},
+    {"search", "metrics"},
+    {"models"},
+    {"training", "inference"},
+    {"commands", "top"},
+    {"tools", "experiments"},
+]
 # What must work, and at once, where torch is slow to import or missing.
 WITHOUT_TORCH = {
-    *("errors", "files", "progress", "cli", "tokenizer", "vocabulary", "annotations"),
-    *("results", "evaluation", "report", "config"),
-    *("metrics", "metrics.bleu", "metrics.rouge", "metrics.cider", "metrics.official"),
-    *("metrics.significance", "metrics.diversity"),
+    *("errors", "files", "progress", "cli", "config", "version", "data.tokenizer"),
+    *("data.vocabulary", "data.annotations", "data.predictions"),
 }
-# From an image to a sentence: none may know one after it.
-WAY = ["images", "encoder", "features", "decoder", "model", "captioner", "folder"]
-# Parts that must not know each other, whichever the order.
-STRANGERS = [
-    ("search", "decoder"),
-    ("search", "encoder"),
-    ("decoder", "encoder"),
-    ("data", "encoder"),
-]
-KNOWS_ALL = {"training"}
+MOST_LINES, MOST_LINES_OF_FUNCTION = 450, 45
 
 
 def modules() -> dict[str, Path]:
-    """Return the library's modules, "metrics.bleu" say, without its commands."""
+    """Return the project's modules, "captioner.metrics.bleu" say, but not its tests."""
     found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(part for part in parts if part != "__init__")
-        if name and parts[0] != "commands":
-            found[name] = path
+    for folder in ("captioner", "tools", "experiments"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(part for part in parts if part != "__init__")] = path
     return found
+
+
+def package_of(module: str) -> str:
+    """Return the package that a module belongs to: "data", or "ground" for captioner.errors.
+
+    "top" is captioner/__init__.py, which is for users alone.
+    """
+    top, *rest = module.split(".")
+    if top != "captioner":
+        return top
+    if not rest:
+        return "top"
+    path = PACKAGE.joinpath(*rest[:1])
+    return rest[0] if path.is_dir() else "ground"
 
 
 @cache
@@ -62,14 +75,14 @@ def imports(path: Path) -> frozenset[str]:
 
 
 def own_imports(name: str) -> set[str]:
-    """Return which of the library's modules a module imports."""
+    """Return which of the project's modules a module imports; packages only where named alone."""
     known = modules()
-    own = [each for each in imports(known[name]) if each.startswith("captioner.")]
-    return {each.removeprefix("captioner.") for each in own} & known.keys() - {name}
+    named = imports(known[name]) & known.keys() - {name}
+    return {each for each in named if not any(other.startswith(f"{each}.") for other in named)}
 
 
 def all_imports(name: str) -> set[str]:
-    """Return which of the library's modules are imported with a module."""
+    """Return which of the project's modules are imported with a module."""
     found: set[str] = set()
     left = {name}
     while left:
@@ -85,9 +98,30 @@ def all_imports(name: str) -> set[str]:
 def test_the_graph_is_that_of_the_project():
     """Guards the tests below against reading no imports at all."""
     assert {"torch", "captioner.errors"} <= imports(PACKAGE / "device.py")
-    assert {"decoder", "encoder", "search"} <= own_imports("model")
-    assert {"errors", "images", "recurrent"} <= all_imports("model")
-    assert set(modules()) >= {*WITHOUT_TORCH, *WAY, *KNOWS_ALL}
+    assert {
+        "captioner.models.decoder",
+        "captioner.models.encoder",
+    } <= own_imports("captioner.models.captioning_model")
+    assert "captioner.models.recurrent" in all_imports("captioner.inference.captioner")
+    packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert packages | {"ground", "top", "tools", "experiments"} == set().union(*LEVELS)
+
+
+def test_packages_import_in_one_direction(capsys):
+    """Prints the graph: pytest -s -k one_direction."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for name in modules():
+        for imported in own_imports(name):
+            pair = (package_of(name), package_of(imported))
+            if pair[0] != pair[1]:
+                counts[pair] += 1
+    with capsys.disabled():
+        print()
+        for importer, imported in sorted(counts):
+            print(f"{importer:12} -> {imported:12} {counts[importer, imported]}")
+    level = {package: number for number, packages in enumerate(LEVELS) for package in packages}
+    for importer, imported in counts:
+        assert level[imported] < level[importer], f"{importer} imports {imported}"
 
 
 def test_no_module_imports_itself_round_about():
@@ -95,11 +129,28 @@ def test_no_module_imports_itself_round_about():
     assert len(list(order.static_order())) == len(modules())
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
-def test_text_and_scores_need_no_torch(name):
-    for each in (name, *all_imports(name)):
-        heavy = {found.partition(".")[0] for found in imports(modules()[each])} & HEAVY
-        assert not heavy, f"{name} imports {each}, which imports {heavy}"
+def test_no_module_of_a_package_imports_the_top():
+    """``from captioner import Captioner`` is for users."""
+    for name, path in modules().items():
+        if name.startswith("captioner"):
+            assert "captioner" not in imports(path), name
+
+
+def test_text_and_scores_need_no_torch():
+    metrics = {name for name in modules() if name.startswith("captioner.metrics")}
+    for name in {f"captioner.{name}" for name in WITHOUT_TORCH} | metrics:
+        for each in (name, *all_imports(name)):
+            heavy = {found.partition(".")[0] for found in imports(modules()[each])} & HEAVY
+            assert not heavy, f"{name} imports {each}, which imports {heavy}"
+
+
+def test_search_knows_no_model_and_models_no_training():
+    for name in modules():
+        known = {package_of(each) for each in all_imports(name)}
+        if package_of(name) == "search":
+            assert not known & {"models", "metrics"}, name
+        if package_of(name) == "models":
+            assert "metrics" not in known, name
 
 
 def test_commands_import_torch_only_when_they_run():
@@ -107,20 +158,28 @@ def test_commands_import_torch_only_when_they_run():
         assert not {name.partition(".")[0] for name in imports(path)} & HEAVY, path.name
 
 
-def test_the_way_from_image_to_sentence_goes_in_one_direction():
-    for position, name in enumerate(WAY):
-        assert not all_imports(name) & set(WAY[position + 1 :]), name
-    for one, other in STRANGERS:
-        assert other not in all_imports(one), f"{one} knows {other}"
+# --- sizes ------------------------------------------------------------------------------------
 
 
-def test_only_training_and_commands_know_all():
-    for name in set(modules()) - KNOWS_ALL:
-        known = all_imports(name)
-        assert "training" not in known, name
-        assert "tracking" not in known, name
-        assert not any(each.startswith("captioner.commands") for each in imports(modules()[name]))
-    assert {"metrics", "data"}.isdisjoint(all_imports("folder") | all_imports("captioner"))
+def test_modules_and_functions_are_short(capsys):
+    """Prints a table: pytest -s -k short."""
+    rows = []
+    for name, path in modules().items():
+        text = path.read_text(encoding="utf-8")
+        lengths = {
+            node.name: (node.end_lineno or 0) - node.lineno + 1
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+        longest = max(lengths, key=lengths.__getitem__, default="")
+        rows.append((name, len(text.splitlines()), longest, lengths.get(longest, 0)))
+    with capsys.disabled():
+        print()
+        for name, lines, longest, length in rows:
+            print(f"{name:44} {lines:4}  {longest} {length}")
+    for name, lines, longest, length in rows:
+        assert lines <= MOST_LINES, f"{name} has {lines} lines"
+        assert length <= MOST_LINES_OF_FUNCTION, f"{name}: {longest} has {length} lines"
 
 
 def test_every_module_says_what_it_is():
@@ -206,13 +265,14 @@ def listed(readme: str, folder: str) -> list[str]:
     return [line.split()[0] for line in block[1].splitlines()]
 
 
-def test_the_readme_maps_every_file_in_the_order_of_imports(readme):
-    tops = [name for name in modules() if "." not in name]
-    library = [name.removesuffix(".py").removesuffix("/") for name in listed(readme, "captioner")]
-    assert sorted(library) == sorted([*tops, "commands"])
-    for position, name in enumerate(library[:-1]):
-        later = own_imports(name) & set(library[position:])
-        assert not later, f"the README lists {name} before {later}, which it imports"
+def test_the_readme_maps_every_file(readme):
+    folders = [path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
+    tops = [path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]
+    assert sorted(listed(readme, "captioner")) == sorted([*tops, *(f"{f}/" for f in folders)])
+    block = readme[readme.index("captioner/ ") : readme.index("experiments/ ")]
+    for folder in folders:
+        for path in (PACKAGE / folder).glob("*.py"):
+            assert path.stem == "__init__" or re.search(rf"\b{path.stem}\b", block), path
     tools = {path.name for path in (ROOT / "tools").iterdir() if path.suffix in (".py", ".sh")}
     assert sorted(listed(readme, "tools")) == sorted(tools)
 

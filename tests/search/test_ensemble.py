@@ -69,7 +69,9 @@ def test_a_model_with_itself_is_that_model(settings):
 # --- checkpoints ------------------------------------------------------------------------------
 
 
-def another(model: CaptioningModel, kind: str, seed: int, **parts) -> CaptioningModel:
+def another(
+    model: CaptioningModel, kind: str, seed: int, sharpness: float = 3, **parts
+) -> CaptioningModel:
     """Return a random model of the same words, far from uniform."""
     torch.manual_seed(seed)
     encoder = parts.get("encoder") or Encoder("squeezenet1_1", model.encoder.preprocessing)
@@ -79,7 +81,8 @@ def another(model: CaptioningModel, kind: str, seed: int, **parts) -> Captioning
     )
     other.requires_grad_(False)
     for parameter in other.decoder.parameters():
-        parameter.mul_(6)
+        parameter.mul_(4)
+    other.decoder.output.weight.mul_(sharpness)
     return other.eval()
 
 
@@ -114,7 +117,7 @@ def test_captions_have_the_mean_probability_of_the_models(models, drawn, chosen,
             words = models[0].vocabulary.encode(caption.text)
             each = [chances(m, own, words) for m, own in zip(members, seen, strict=True)]
             mean = torch.stack(each).mean(0).log().sum().item()
-            assert caption.log_probability == pytest.approx(mean, abs=1e-3)
+            assert caption.log_probability == pytest.approx(mean, abs=1e-3, rel=2e-4)
     alone = Captioner(members[0], "cpu", "float32").describe(drawn.paths, **settings)
     assert [[c.text for c in best] for best in alone] != [[c.text for c in b] for b in found]
 
@@ -174,7 +177,8 @@ def test_models_of_other_words_or_preprocessing_are_refused(
 
 @pytest.mark.parametrize("settings", [{}, {"samples": 3, "temperature": 2.0}], ids=str)
 def test_attention_maps_are_those_of_each_captions_words(models, drawn, settings):
-    model, cnn = models[2], models[2].encoder.for_inference(torch.float32)
+    model = another(models[0], "show_attend_tell", 2, sharpness=1)
+    cnn = model.encoder.for_inference(torch.float32)
     captioner = Captioner(model, "cpu", "float32")
     side = math.isqrt(model.encoder.grid_shape[0])
     settings = {"max_length": 8, "n_best": 3, **settings}
@@ -191,8 +195,9 @@ def test_attention_maps_are_those_of_each_captions_words(models, drawn, settings
             assert torch.allclose(sums, torch.ones(len(words) + 1), atol=1e-5)
             alone = model.decoder.attention_maps(features, torch.tensor([[[BOS, *words]]]))
             expected = alone[0, 0].unflatten(1, (side, side))
-            assert torch.allclose(caption.attention, expected, atol=1e-5)
-            assert expected.std(0).max() > 1e-3  # words look at different things
+            assert torch.allclose(caption.attention, expected, atol=1e-3)
+            if words:
+                assert expected.std(0).max() > 1e-3  # words look at different things
     assert len(lengths) > 2
 
 
