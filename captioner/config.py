@@ -1,22 +1,12 @@
-"""An experiment: one small TOML file, checked when it is read, saved whole with every run."""
+"""Every setting of an experiment, with its default; checked when it is made."""
 
 import dataclasses
-import difflib
-import inspect
-import json
 import math
-import tomllib
-import typing
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
-from captioner.errors import ConfigError, UsageError
-
-T = TypeVar("T")
+from captioner.errors import ConfigError
 
 Cell = Literal["lstm", "gru", "rnn_tanh", "rnn_relu"]
 Initialisation = Literal["orthogonal", "xavier", "identity"]
@@ -54,7 +44,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _at_least(self, min_word_count=1, max_words=1, workers=-1)
+        _check_at_least(self, min_word_count=1, max_words=1, workers=-1)
 
     def path(self, name: str) -> Path:
         """Return the path in the field ``name``, with ``root`` before it."""
@@ -88,7 +78,7 @@ class PreprocessingConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _at_least(self, image_size=0, resize_size=0)
+        _check_at_least(self, image_size=0, resize_size=0)
         if self.image_size and self.resize_size and self.resize_size < self.image_size:
             raise ConfigError(
                 f"preprocessing.resize_size ({self.resize_size}) must be at least "
@@ -96,11 +86,11 @@ class PreprocessingConfig:
             )
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
-                raise _refusal(self, name, "three numbers (red, green, blue)")
+                raise _expected(self, name, "three numbers (red, green, blue)")
         if not all(map(math.isfinite, self.mean)):
-            raise _refusal(self, "mean", "three finite numbers")
+            raise _expected(self, "mean", "three finite numbers")
         if not all(0 < value < math.inf for value in self.std):
-            raise _refusal(self, "std", "three numbers above 0")
+            raise _expected(self, "std", "three numbers above 0")
 
 
 @dataclass(frozen=True)
@@ -126,7 +116,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _positive(self, "learning_rate")
+        _check_positive(self, "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -165,11 +155,11 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _at_least(self, layers=1, embedding_size=1, hidden_size=1, attention_size=1)
-        _at_least(self, feature_size=0, attention_regularisation=0.0)
+        _check_at_least(self, layers=1, embedding_size=1, hidden_size=1, attention_size=1)
+        _check_at_least(self, feature_size=0, attention_regularisation=0.0)
         if not math.isfinite(self.forget_bias):
-            raise _refusal(self, "forget_bias", "a finite number")
-        _share(self, "dropout")
+            raise _expected(self, "forget_bias", "a finite number")
+        _check_share(self, "dropout")
 
 
 @dataclass(frozen=True)
@@ -225,12 +215,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _at_least(self, epochs=1, batch_size=1, captions_per_image=1, accumulation_steps=1)
-        _at_least(self, weight_decay=0.0, warmup_steps=0, gradient_clip=0.0, patience=0, seed=0)
-        _at_least(self, log_every=1, checkpoint_every=0, gradient_flow_every=0, bptt_window=0)
-        _at_least(self, gradient_clip_value=0.0)
-        _positive(self, "learning_rate")
-        _share(self, "label_smoothing")
+        _check_at_least(self, epochs=1, batch_size=1, captions_per_image=1, accumulation_steps=1)
+        _check_at_least(
+            self, weight_decay=0.0, warmup_steps=0, gradient_clip=0.0, patience=0, seed=0
+        )
+        _check_at_least(self, log_every=1, checkpoint_every=0, gradient_flow_every=0, bptt_window=0)
+        _check_at_least(self, gradient_clip_value=0.0)
+        _check_positive(self, "learning_rate")
+        _check_share(self, "label_smoothing")
 
 
 @dataclass(frozen=True)
@@ -279,22 +271,25 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values and combinations."""
-        _at_least(self, beam_size=1, max_length=1, length_penalty=0.0, n_best=1, min_length=0)
-        _at_least(self, no_repeat_ngram=0, groups=1, diversity=0.0, samples=0, top_k=0, seed=0)
-        _positive(self, "top_p")
-        _at_least(self, temperature=1e-6)
+        _check_at_least(self, beam_size=1, max_length=1, length_penalty=0.0, n_best=1, min_length=0)
+        _check_at_least(
+            self, no_repeat_ngram=0, groups=1, diversity=0.0, samples=0, top_k=0, seed=0
+        )
+        _check_positive(self, "top_p")
+        _check_at_least(self, temperature=1e-6)
         for name in ("forbidden", "forced"):
             if isinstance(getattr(self, name), str):
-                raise _refusal(self, name, "a list of words and phrases")
+                raise _expected(self, name, "a list of words and phrases")
         if self.top_p > 1:
-            raise _refusal(self, "top_p", "at most 1")
+            raise _expected(self, "top_p", "at most 1")
         if self.min_length > self.max_length:
-            raise _refusal(self, "min_length", f"at most search.max_length = {self.max_length}")
+            bound = f"at most search.max_length = {self.max_length}"
+            raise _expected(self, "min_length", bound)
         found = ("samples", self.samples) if self.samples else ("beam_size", self.beam_size)
         if self.n_best > found[1]:
-            raise _refusal(self, "n_best", f"at most search.{found[0]} = {found[1]}")
+            raise _expected(self, "n_best", f"at most search.{found[0]} = {found[1]}")
         if self.beam_size % self.groups:
-            raise _refusal(self, "groups", f"a divisor of search.beam_size = {self.beam_size}")
+            raise _expected(self, "groups", f"a divisor of search.beam_size = {self.beam_size}")
         together = {"samples": self.samples, "groups": self.groups > 1, "forced": self.forced}
         used = [f"search.{name}" for name, value in together.items() if value]
         if len(used) > 1:
@@ -303,7 +298,7 @@ class SearchConfig:
             *((name, "samples") for name in ("temperature", "top_k", "top_p")),
             ("diversity", "groups"),
         ):
-            if f"search.{needed}" not in used and getattr(self, name) != _default(self, name):
+            if f"search.{needed}" not in used and getattr(self, name) != _default_of(self, name):
                 raise ConfigError(f"search.{name} has no effect without search.{needed}")
 
 
@@ -323,7 +318,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _at_least(self, batch_size=1, max_images=0)
+        _check_at_least(self, batch_size=1, max_images=0)
 
 
 @dataclass(frozen=True)
@@ -347,7 +342,7 @@ class WandbConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _at_least(self, sample_images=0)
+        _check_at_least(self, sample_images=0)
 
 
 @dataclass(frozen=True)
@@ -368,131 +363,27 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read an experiment file and apply overrides such as ``training.epochs=3``.
-
-    Raises:
-        ConfigError: The file is missing or not TOML; a key is unknown (the nearest right one is
-            named) or a value has the wrong type or is impossible.
-    """
-    try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides:
-        _apply(content, override)
-    return parse(Config, content, str(path))
-
-
-def attribute_docs(kind: type) -> dict[str, str]:
-    """Return what a config's docstring says of each of its attributes."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2].splitlines():
-        begun, colon, text = line.strip().partition(": ")
-        if colon and line.startswith("    ") and not line.startswith("     "):
-            name, found[begun] = begun, text
-        elif line.strip():
-            found[name] += f" {line.strip()}"
-    return found
-
-
-def parse(kind: type[T], content: Mapping[str, Any], source: str) -> T:
-    """Make a config dataclass of nested dicts, refusing unknown keys and wrong types.
-
-    Raises:
-        ConfigError: Names ``source``, the key, and what was expected.
-    """
-    _refuse_unknown_keys(kind, content, source, list(_keys(kind)))
-    try:
-        # JSON is the form in which pydantic is strict (no "3" for 3) and still reads lists.
-        return TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=True)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        found = "" if first["type"] == "missing" else f", found {first['input']!r}"
-        message = first["msg"][:1].lower() + first["msg"][1:]
-        raise ConfigError(f"{source}: {key}: {message}{found}") from None
-
-
-def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Yield every key, each section's after it: ``data``, ``data.train_annotations``, …."""
-    for name, part in typing.get_type_hints(kind).items():
-        yield prefix + name
-        if dataclasses.is_dataclass(part):
-            yield from _keys(part, f"{prefix}{name}.")
-
-
-def _refuse_unknown_keys(
-    kind: Any, content: Any, source: str, every_key: list[str], prefix: str = ""
-) -> None:
-    if not dataclasses.is_dataclass(kind) or not isinstance(content, Mapping):
-        return
-    kinds = typing.get_type_hints(kind)
-    for name, value in content.items():
-        if name not in kinds:
-            hint = _nearest(name, list(kinds), every_key, prefix)
-            raise ConfigError(f"{source}: unknown key '{prefix}{name}'; {hint}")
-        _refuse_unknown_keys(kinds[name], value, source, every_key, f"{prefix}{name}.")
-
-
-def _nearest(name: str, siblings: list[str], every_key: list[str], prefix: str) -> str:
-    """Name the same key of another section, else the nearest in this one, else all in it."""
-    elsewhere = [key for key in every_key if key.rpartition(".")[2] == name]
-    nearest = [prefix + key for key in difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)]
-    if elsewhere or nearest:
-        keys = "' or '".join(elsewhere or nearest)
-        return f"did you mean '{keys}'?"
-    return f"known are {', '.join(prefix + key for key in siblings)}"
-
-
-def _apply(content: dict[str, Any], override: str) -> None:
-    """Set one ``section.key=value`` in ``content``; the value is read as TOML, else as text."""
-    key, equals, text = override.partition("=")
-    *sections, name = key.strip().lstrip("-").split(".")
-    if not equals or not sections:
-        raise UsageError(f"override '{override}': 'section.key=value' was expected")
-    for section in sections:
-        content = content.setdefault(section, {})
-        if not isinstance(content, dict):
-            raise ConfigError(f"override '{override}': '{section}' is no section")
-    content[name] = _toml_value(text.strip())
-
-
-def _toml_value(text: str) -> Any:
-    text = {"True": "true", "False": "false"}.get(text, text)
-    try:
-        value = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return value["value"] if len(value) == 1 else text
-
-
-def _at_least(config: Any, **bounds: float) -> None:
+def _check_at_least(config: Any, **bounds: float) -> None:
     for name, bound in bounds.items():
         if not bound <= getattr(config, name) < math.inf:
-            raise _refusal(config, name, f"at least {bound}")
+            raise _expected(config, name, f"at least {bound}")
 
 
-def _positive(config: Any, *names: str) -> None:
+def _check_positive(config: Any, *names: str) -> None:
     for name in names:
         if not 0 < getattr(config, name) < math.inf:
-            raise _refusal(config, name, "a number above 0")
+            raise _expected(config, name, "a number above 0")
 
 
-def _share(config: Any, name: str) -> None:
+def _check_share(config: Any, name: str) -> None:
     if not 0 <= getattr(config, name) < 1:
-        raise _refusal(config, name, "at least 0 and below 1")
+        raise _expected(config, name, "at least 0 and below 1")
 
 
-def _default(config: Any, name: str) -> Any:
+def _default_of(config: Any, name: str) -> Any:
     return next(each.default for each in dataclasses.fields(config) if each.name == name)
 
 
-def _refusal(config: Any, name: str, expected: str) -> ConfigError:
+def _expected(config: Any, name: str, expected: str) -> ConfigError:
     section = type(config).__name__.removesuffix("Config").lower()
     return ConfigError(f"{section}.{name}: {expected} was expected, found {getattr(config, name)}")

@@ -16,6 +16,7 @@ from captioner.inference.captioner import Captioner
 from captioner.models.captioning_model import CaptioningModel
 from captioner.models.checkpoint import save_checkpoint
 from captioner.models.encoder import Encoder
+from captioner.models.inference_encoder import InferenceEncoder
 
 COLOURS = ("red", "lime", "blue", "yellow")
 SHAPES = ("disc", "square")
@@ -84,7 +85,7 @@ def tiny_model(drawn: Drawn) -> CaptioningModel:
     encoder = Encoder("squeezenet1_1", preprocessing)
     model = CaptioningModel(encoder, config, vocabulary, SearchConfig(3, 8, 0.7))
     pixels = torch.stack([preprocessing(Image.open(path)) for path in drawn.paths])
-    features = model.encoder.for_inference(torch.float32)(pixels).clone()
+    features = InferenceEncoder(model.encoder, torch.float32)(pixels).clone()
     token_ids = pad([[vocabulary.encode(text)] for text in drawn.captions.values()])
     optimizer = torch.optim.Adam(model.decoder.parameters(), lr=0.01)
     for _ in range(120):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from captioner.config import load_config
+from captioner.experiment_file import load_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "captioner"

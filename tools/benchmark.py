@@ -31,6 +31,7 @@ from captioner.inference.folder import ImageFile, caption_files
 from captioner.models.captioning_model import generate, make_decoder
 from captioner.models.decoder import Decoder
 from captioner.models.inference_decoder import InferenceDecoder
+from captioner.models.inference_encoder import InferenceEncoder
 from captioner.progress import log_line
 from captioner.training.feature_cache import cached_features
 from captioner.training.losses import caption_loss
@@ -70,7 +71,7 @@ def cnn_alone(captioner: Captioner, paths: Sequence[Path]) -> float:
         for pixels in batches:
             cnn(pixels)
 
-    cnn = encoder.for_inference(captioner.precision)
+    cnn = InferenceEncoder(encoder, captioner.precision)
     cnn(batches[0])
     return len(paths) / _seconds(run, captioner.device)
 

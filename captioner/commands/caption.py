@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.cli import HelpFormatter, command
-from captioner.config import SearchConfig, attribute_docs
+from captioner.config import SearchConfig
 from captioner.data.predictions import results_format, write_results
 from captioner.errors import UsageError, name_some
+from captioner.experiment_file import attribute_docs
 from captioner.progress import log_line
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help must not wait for it

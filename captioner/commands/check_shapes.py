@@ -10,7 +10,9 @@ from pathlib import Path
 
 from captioner.cli import HelpFormatter, command
 from captioner.data.predictions import read_results
-from captioner.data.shapes import Record, Verdict, captions_of, check_captions, read_records, shares
+from captioner.data.shape_captions import Verdict, captions_of, check_captions, shares
+from captioner.data.shapes import Record
+from captioner.data.shapes_dataset import read_records
 from captioner.errors import UsageError
 from captioner.files import write_json
 from captioner.progress import log_line

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from captioner.cli import HelpFormatter, command
-from captioner.data.shapes import SPLITS, write_data_set
+from captioner.data.shapes_dataset import SPLITS, write_data_set
 from captioner.progress import log_line
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from captioner.cli import HelpFormatter, command
-from captioner.config import load_config
+from captioner.experiment_file import load_config
 
 DESCRIPTION = """\
 Train a captioner from an experiment file.

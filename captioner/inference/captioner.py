@@ -19,6 +19,7 @@ from captioner.errors import CheckpointError, ConfigError, ImageError, UsageErro
 from captioner.models.captioning_model import CaptioningModel, generate
 from captioner.models.checkpoint import load_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
+from captioner.models.inference_encoder import InferenceEncoder
 from captioner.search.decoding import Hypothesis
 
 ImageLike = str | Path | Image.Image | Tensor
@@ -82,7 +83,7 @@ class Captioner:
         cnns = [repr(model.encoder.fingerprint()) if len(models) > 1 else "" for model in models]
         self._cnn_of = [cnns.index(each) for each in cnns]
         self._cnns = {
-            number: self.models[number].encoder.for_inference(self.precision)
+            number: InferenceEncoder(self.models[number].encoder, self.precision)
             for number in set(self._cnn_of)
         }
         self.decoders = [InferenceDecoder(model.decoder, self.precision) for model in self.models]

@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from captioner.config import DecoderConfig, SearchConfig, parse
+from captioner.config import DecoderConfig, SearchConfig
 from captioner.data.images import Preprocessing
 from captioner.data.vocabulary import Vocabulary
 from captioner.errors import CheckpointError, ConfigError
+from captioner.experiment_file import parse
 from captioner.files import recover_directory, write_json
 from captioner.models.captioning_model import CaptioningModel
 from captioner.models.encoder import Encoder

@@ -32,6 +32,7 @@ from captioner.data.images import in_batches, load_pixels
 from captioner.errors import CacheError, ImageError, name_some
 from captioner.files import write_json
 from captioner.models.encoder import Encoder
+from captioner.models.inference_encoder import InferenceEncoder
 from captioner.progress import Progress, log_line
 
 FORMAT = 2  # 1: batch norm wasn't folded, large JPEGs weren't scaled while they were decoded
@@ -102,7 +103,7 @@ def cached_features(
         missing = {key: i for i, key in enumerate(keys) if key is not None and key not in known}
         if missing:
             store.refuse_if_too_large(len(missing))
-            cnn = encoder.for_inference(precision)
+            cnn = InferenceEncoder(encoder, precision)
             numbers = list(missing.values())
             batches = [[numbers[i] for i in b] for b in in_batches(len(numbers), ENCODE_BATCH)]
             with Progress(f"encoding with {encoder.name}", len(missing), "image") as bar:

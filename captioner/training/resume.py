@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from captioner.config import Config, parse
+from captioner.config import Config
 from captioner.data.dataset import CaptionDataset
 from captioner.errors import CheckpointError, ConfigError
+from captioner.experiment_file import parse
 from captioner.files import recover_directory
 from captioner.progress import log_line
 

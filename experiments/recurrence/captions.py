@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from captioner.config import Config, load_config
+from captioner.config import Config
 from captioner.data.dataset import CaptionDataset, encode_captions
 from captioner.data.vocabulary import PAD, Vocabulary
 from captioner.device import choose_precision
+from captioner.experiment_file import load_config
 from captioner.models.encoder import make_encoder
 from captioner.training.feature_cache import cached_features, default_cache_dir
 from experiments.recurrence.study import HERE, Setting

@@ -25,10 +25,10 @@ import pytest
 from PIL import Image
 
 from captioner.commands import download as command
-from captioner.config import load_config
 from captioner.data import download
 from captioner.data.annotations import read_annotations
 from captioner.errors import DataError
+from captioner.experiment_file import load_config
 
 ROOT = Path(__file__).parents[2]
 COCO_MINI = ROOT.parent / "shared" / "data" / "coco_mini"

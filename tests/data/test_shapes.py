@@ -10,14 +10,15 @@ from PIL import Image
 
 from captioner.commands.check_shapes import main as check
 from captioner.commands.shapes import main as make
-from captioner.data import shapes
+from captioner.data import shapes, shapes_dataset
 from captioner.data.annotations import read_annotations
-from captioner.data.shapes import INVERSE, Scene, Thing, captions_of, check_caption, parse_caption
+from captioner.data.shape_captions import Verdict, captions_of, check_caption, parse_caption
+from captioner.data.shapes import INVERSE, Scene, Thing
 from captioner.errors import DataError
 
 COUNTS = {"train": 60, "val": 20, "test": 30}
 SCENE = Scene(Thing("small", "red", "circle"), Thing("large", "blue", "square"), "left of")
-RIGHT = shapes.Verdict(readable=True, objects=True, colours=True, sizes=True, relation=True)
+RIGHT = Verdict(readable=True, objects=True, colours=True, sizes=True, relation=True)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def contents(folder):
 
 
 def records_of(folder, split):
-    return shapes.read_records(folder / "annotations" / f"scenes_{split}.json")
+    return shapes_dataset.read_records(folder / "annotations" / f"scenes_{split}.json")
 
 
 def write_captions(path, captions):
@@ -51,8 +52,8 @@ def write_captions(path, captions):
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(drawn, tmp_path):
-    shapes.write_data_set(tmp_path / "same", COUNTS, 48, seed=3)
-    shapes.write_data_set(tmp_path / "other", COUNTS, 48, seed=4)
+    shapes_dataset.write_data_set(tmp_path / "same", COUNTS, 48, seed=3)
+    shapes_dataset.write_data_set(tmp_path / "other", COUNTS, 48, seed=4)
     expected, other = contents(drawn), contents(tmp_path / "other")
     assert contents(tmp_path / "same") == expected
     assert expected.keys() == other.keys()
@@ -89,7 +90,7 @@ def test_no_scene_and_no_image_is_in_two_splits(drawn):
 
 def test_splits_stay_apart_when_there_are_more_images_than_scenes():
     counts = {"train": 9000, "val": 5000, "test": 3000}
-    dealt = shapes.split_scenes(counts, np.random.default_rng(0))
+    dealt = shapes_dataset.split_scenes(counts, np.random.default_rng(0))
     scenes = {split: {scene for _, scene in items} for split, items in dealt.items()}
     assert {split: len(items) for split, items in dealt.items()} == counts
     assert sum(map(len, scenes.values())) == len(set.union(*scenes.values()))
@@ -97,7 +98,9 @@ def test_splits_stay_apart_when_there_are_more_images_than_scenes():
 
 
 def test_all_words_and_relations_occur_about_equally_in_train():
-    dealt = shapes.split_scenes({"train": 2000, "val": 1, "test": 1}, np.random.default_rng(0))
+    dealt = shapes_dataset.split_scenes(
+        {"train": 2000, "val": 1, "test": 1}, np.random.default_rng(0)
+    )
     scenes = [scene for _, scene in dealt["train"]]
     for kind, words in (
         ("size", shapes.SIZES),
@@ -115,7 +118,7 @@ def test_all_words_and_relations_occur_about_equally_in_train():
 
 @pytest.mark.parametrize("image_size", [48, 64, 113])
 def test_objects_are_where_their_record_says_in_their_colour(tmp_path, image_size):
-    shapes.write_data_set(tmp_path / "set", {"train": 80, "val": 1, "test": 1}, image_size)
+    shapes_dataset.write_data_set(tmp_path / "set", {"train": 80, "val": 1, "test": 1}, image_size)
     for record in records_of(tmp_path / "set", "train"):
         path = tmp_path / "set" / "images" / "train" / record.file_name
         pixels = np.asarray(Image.open(path), dtype=float)
@@ -192,7 +195,7 @@ def test_nothing_is_left_behind_when_drawing_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        shapes.write_data_set(tmp_path / "set", COUNTS)
+        shapes_dataset.write_data_set(tmp_path / "set", COUNTS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -270,7 +273,7 @@ def test_what_is_wrong_is_named(caption, wrong):
 )
 def test_what_is_no_sentence_is_wholly_wrong(caption):
     assert parse_caption(caption) is None
-    assert check_caption(caption, SCENE) == shapes.Verdict()
+    assert check_caption(caption, SCENE) == Verdict()
 
 
 @pytest.mark.parametrize(
@@ -361,4 +364,4 @@ def test_damaged_records_are_named(drawn, tmp_path, change, named):
     path = tmp_path / "scenes.json"
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=named):
-        shapes.read_records(path)
+        shapes_dataset.read_records(path)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from captioner.config import Config, load_config, parse
+from captioner.config import Config
 from captioner.errors import CaptionerError, ConfigError, UsageError
+from captioner.experiment_file import load_config, parse
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.name for path in (ROOT / "experiments").glob("*.toml"))

@@ -13,6 +13,7 @@ from captioner.config import PreprocessingConfig
 from captioner.data.images import Preprocessing
 from captioner.errors import CaptionerError, ConfigError, WeightsError
 from captioner.models.encoder import Encoder, make_encoder
+from captioner.models.inference_encoder import InferenceEncoder
 
 SIZE = 64
 SMALL = Preprocessing("squash", SIZE, SIZE)
@@ -530,10 +531,10 @@ def test_fast_encoder_is_the_same_function(name):
     with torch.no_grad():
         expected = encoder(pixels)
     size = expected.abs().max()
-    found = encoder.for_inference(torch.float32)(pixels)
+    found = InferenceEncoder(encoder, torch.float32)(pixels)
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < 1e-4 * size
-    rough = encoder.for_inference(torch.bfloat16)(pixels)
+    rough = InferenceEncoder(encoder, torch.bfloat16)(pixels)
     assert rough.dtype == torch.bfloat16
     assert (rough.float() - expected).abs().mean() < 0.05 * expected.abs().mean() + 1e-3 * size
     assert encoder.fingerprint() == before
@@ -545,10 +546,10 @@ def test_fast_encoder_leaves_fine_tuning_alone():
     encoder = Encoder("resnet18", Preprocessing("squash", 64))
     encoder.fine_tune_from("layer4")
     encoder.train()
-    encoder.for_inference(torch.bfloat16)
+    InferenceEncoder(encoder, torch.bfloat16)
     assert encoder.cnn.layer4.training
     assert not encoder.cnn.layer3.training
     assert encoder.cnn.layer4[0].conv1.weight.requires_grad
-    assert encoder.for_inference(torch.float32)(
+    assert InferenceEncoder(encoder, torch.float32)(
         torch.empty(0, 3, 64, 64, dtype=torch.uint8)
     ).shape == (0, 4, 512)

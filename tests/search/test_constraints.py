@@ -13,10 +13,11 @@ import torch
 from run_commands import run_caption
 from test_decoding import HistoryModel, brute_force, same
 
-from captioner.config import SearchConfig, attribute_docs
+from captioner.config import SearchConfig
 from captioner.data.predictions import read_results
 from captioner.data.vocabulary import BOS, EOS, FUNCTION_WORDS, PAD, UNK, Vocabulary
 from captioner.errors import ConfigError
+from captioner.experiment_file import attribute_docs
 from captioner.search.constraints import ForcedPhrases, Rules
 from captioner.search.decoding import Hypothesis, decode
 

@@ -18,6 +18,7 @@ from captioner.inference.captioner import Captioner
 from captioner.models.captioning_model import CaptioningModel
 from captioner.models.checkpoint import save_checkpoint
 from captioner.models.encoder import Encoder
+from captioner.models.inference_encoder import InferenceEncoder
 from captioner.search.decoding import Hypothesis, average, decode
 
 
@@ -107,7 +108,7 @@ def chances(model: CaptioningModel, features: torch.Tensor, token_ids: list[int]
 def test_captions_have_the_mean_probability_of_the_models(models, drawn, chosen, settings):
     members = [models[number] for number in chosen]
     captioner = Captioner(members, "cpu", "float32")
-    cnns = [model.encoder.for_inference(torch.float32) for model in members]
+    cnns = [InferenceEncoder(model.encoder, torch.float32) for model in members]
     settings = {"beam_size": 3, "max_length": 8, "n_best": 3, **settings}
     found = captioner.describe(drawn.paths, **settings)
     for path, captions in zip(drawn.paths, found, strict=True):
@@ -178,7 +179,7 @@ def test_models_of_other_words_or_preprocessing_are_refused(
 @pytest.mark.parametrize("settings", [{}, {"samples": 3, "temperature": 2.0}], ids=str)
 def test_attention_maps_are_those_of_each_captions_words(models, drawn, settings):
     model = another(models[0], "show_attend_tell", 2, sharpness=1)
-    cnn = model.encoder.for_inference(torch.float32)
+    cnn = InferenceEncoder(model.encoder, torch.float32)
     captioner = Captioner(model, "cpu", "float32")
     side = math.isqrt(model.encoder.grid_shape[0])
     settings = {"max_length": 8, "n_best": 3, **settings}

@@ -17,6 +17,7 @@ from PIL import Image
 from captioner.data.images import Preprocessing, load_image
 from captioner.errors import CacheError, ImageError
 from captioner.models.encoder import Encoder
+from captioner.models.inference_encoder import InferenceEncoder
 from captioner.training.feature_cache import cached_features, default_cache_dir, report_failures
 
 CPU = torch.device("cpu")
@@ -54,7 +55,7 @@ def get(encoder, paths, cache, **options):
 
 def fresh(encoder, paths):
     pixels = torch.stack([encoder.preprocessing(load_image(path)) for path in paths])
-    return encoder.for_inference(torch.float32)(pixels)
+    return InferenceEncoder(encoder, torch.float32)(pixels)
 
 
 def assert_close(found, expected):

@@ -20,11 +20,12 @@ from PIL import Image
 
 from captioner import Captioner
 from captioner.commands.train import main as train_main
-from captioner.config import TrainingConfig, load_config
+from captioner.config import TrainingConfig
 from captioner.data.annotations import read_annotations
 from captioner.data.dataset import pad
 from captioner.data.predictions import read_results
 from captioner.errors import CheckpointError, ConfigError, DataError, TrainingError
+from captioner.experiment_file import load_config
 from captioner.metrics.scores import METRICS, compute_metrics
 from captioner.models.captioning_model import make_decoder
 from captioner.models.decoder import DecoderOutput
