@@ -7,19 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from captioner.cli import HelpFormatter, command
-from captioner.data.download import (
+from captioner.data.coco import (
     COCO_ARCHIVES,
     KARPATHY_IMAGES,
-    RETRIES,
     Archive,
     obtain,
-    only_one,
     place_karpathy_images,
-    require_room,
-    room_needed,
 )
-from captioner.errors import UsageError
+from captioner.errors import DataError, UsageError
 from captioner.progress import log_line
 
 DESCRIPTION = """\
@@ -64,15 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     archives = _archives(options)
     directory = options.directory
-    needed = room_needed(archives, directory, options.keep_archives)
-    require_room(directory, needed, "archives and unpacked files")
-    with only_one(directory):
-        changed = [
-            obtain(archive, directory, options.keep_archives, options.recheck, options.retries)
-            for archive in archives
-        ]
-        if (directory / "annotations" / "dataset_coco.json").exists():
-            place_karpathy_images(directory, None if options.any_content else KARPATHY_IMAGES)
+    (directory / "downloads").mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(directory / "downloads" / ".lock", timeout=0):
+            changed = [obtain(each, directory, options.keep_archives) for each in archives]
+            if (directory / "annotations" / "dataset_coco.json").exists():
+                place_karpathy_images(directory, None if options.any_content else KARPATHY_IMAGES)
+    except Timeout:
+        raise DataError(f"{directory}: another download into it is at work") from None
     if not any(changed):
         log_line(f"nothing to do: everything asked for is already in {directory}")
     print(_summary(directory))
@@ -111,18 +108,6 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave the archives in DIR/downloads; otherwise each is deleted when it is unpacked",
     )
-    parser.add_argument(
-        "--recheck",
-        action="store_true",
-        help="read files unpacked earlier again and compare their CRC-32, not their sizes alone",
-    )
-    parser.add_argument(
-        "--retries",
-        type=int,
-        default=RETRIES,
-        metavar="N",
-        help="tries without a new byte before giving up, with growing pauses up to a minute",
-    )
     return parser
 
 
@@ -136,7 +121,9 @@ def _archives(options: argparse.Namespace) -> list[Archive]:
             raise UsageError(f"--base-url {options.base_url}: an http or https address is expected")
         archives = [replace(each, url=f"{base}/{each.mirror_path}") for each in archives]
     if options.any_content:
-        archives = [replace(each, size=None, sha256=None, files=None, room=0) for each in archives]
+        archives = [
+            replace(each, size=None, sha256=None, files=None, unpacked=None) for each in archives
+        ]
     return archives
 
 
