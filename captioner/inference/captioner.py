@@ -17,7 +17,7 @@ from captioner.data.images import to_rgb
 from captioner.device import choose_device, choose_precision, keep_freed_memory
 from captioner.errors import CheckpointError, ConfigError, ImageError, UsageError, did_you_mean
 from captioner.models.captioning_model import CaptionModel, decode, load_checkpoint
-from captioner.search.decoding import Hypothesis
+from captioner.search import Hypothesis
 
 ImageLike = str | Path | Image.Image | Tensor
 

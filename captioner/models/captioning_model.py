@@ -28,9 +28,8 @@ from captioner.errors import CheckpointError, ConfigError
 from captioner.files import recover_directory, write_json
 from captioner.models.decoder import Steps, make_decoder
 from captioner.models.encoder import Encoder
-from captioner.search.constraints import Rules
-from captioner.search.decoding import Hypothesis, average
-from captioner.search.decoding import decode as search
+from captioner.search import Constraints, Hypothesis, ensemble_step
+from captioner.search import decode as search
 from captioner.version import __version__
 
 FORMAT = 1
@@ -125,12 +124,12 @@ def decode(
         ConfigError: No caption could meet the settings.
         SearchError: A decoder gives NaN.
     """
-    rules = Rules.of(settings, vocabulary)
+    constraints = Constraints.from_config(settings, vocabulary)
     begun = [decoder.start(own) for decoder, own in zip(decoders, features, strict=True)]
     memories, states = zip(*begun, strict=True)
     steps = [decoder.step for decoder in decoders]
-    step = steps[0] if len(steps) == 1 else average(steps, states, memories)
-    return search(step, sum(states, ()), sum(memories, ()), settings, rules, keys)
+    step = steps[0] if len(steps) == 1 else ensemble_step(steps, states, memories)
+    return search(step, sum(states, ()), sum(memories, ()), settings, constraints, keys)
 
 
 def save_checkpoint(model: CaptionModel, directory: Path, scores: dict[str, Any]) -> None:
