@@ -20,7 +20,7 @@ from captioner.models.captioning_model import CaptioningModel, generate
 from captioner.models.checkpoint import load_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.inference_encoder import InferenceEncoder
-from captioner.search.decoding import Hypothesis
+from captioner.search import Hypothesis
 
 ImageLike = str | Path | Image.Image | Tensor
 

@@ -14,8 +14,7 @@ from captioner.models.encoder import Encoder
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.show_and_tell import ShowAndTell
 from captioner.models.show_attend_tell import ShowAttendTell
-from captioner.search.constraints import Rules
-from captioner.search.decoding import Hypothesis, average, decode
+from captioner.search import Constraints, Hypothesis, decode, ensemble_step
 
 # What decoder.kind may be.
 DECODERS: dict[str, type[Decoder]] = {
@@ -134,9 +133,9 @@ def generate(
         ConfigError: No caption could meet the settings.
         SearchError: A decoder gives NaN.
     """
-    constraints = Rules.of(search, vocabulary)
+    constraints = Constraints.from_config(search, vocabulary)
     pairs = zip(decoders, features, strict=True)
     states, memories = zip(*(decoder.init_state(x) for decoder, x in pairs), strict=True)
     steps = [decoder.step for decoder in decoders]
-    step = steps[0] if len(steps) == 1 else average(steps, states, memories)
+    step = steps[0] if len(steps) == 1 else ensemble_step(steps, states, memories)
     return decode(step, sum(states, ()), sum(memories, ()), search, constraints, image_keys)

@@ -1,1 +1,11 @@
-"""Finding captions over a step function: beam search, sampling, constraints, ensembles."""
+"""Finding captions over a step function: beam search, sampling, constraints, ensembles.
+
+The imports go one way: forced_phrases <- constraints <- beams <- decoding <- ensemble, and
+selection <- sampling, beams <- decoding. No module here knows a model.
+"""
+
+from captioner.search.constraints import Constraints
+from captioner.search.decoding import Hypothesis, decode
+from captioner.search.ensemble import ensemble_step
+
+__all__ = ["Constraints", "Hypothesis", "decode", "ensemble_step"]
