@@ -22,9 +22,10 @@ class Beams:
         image_keys: A number for each image, (B,), on the device of the search.
         settings: How to search.
         constraints: What captions may and must contain.
-        dtype: Of log-probabilities.
+        dtype: Of the logits.
 
     Attributes:
+        constraints: As given.
         image_rows: Which image of the search each row is, (B,).
         image_keys: The numbers of these images, (B,).
         token_ids: (B, K, t); PAD after EOS.
@@ -42,8 +43,8 @@ class Beams:
         constraints: CompiledConstraints,
         dtype: torch.dtype,
     ) -> None:
-        images, device = len(image_keys), image_keys.device
-        self._settings, self._constraints = settings, constraints
+        images, device, dtype = len(image_keys), image_keys.device, _precise(dtype)
+        self.constraints, self._settings = constraints, settings
         self.image_rows = torch.arange(images, device=device)
         self.image_keys = image_keys
         self.token_ids = torch.empty((images, 1, 0), dtype=torch.long, device=device)
@@ -55,6 +56,16 @@ class Beams:
     def __len__(self) -> int:
         """Return the number of images that are still searched."""
         return len(self.image_rows)
+
+    @property
+    def length(self) -> int:
+        """How many tokens the hypotheses have: t."""
+        return self.token_ids.shape[2]
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """The tokens to go on from, (B, K)."""
+        return self.token_ids[..., -1]
 
     def extend(self, logits: Tensor) -> Tensor:
         """Return the log-probabilities of all hypotheses with one token more.
@@ -68,18 +79,18 @@ class Beams:
         """
         log_probs = log_softmax(logits)
         log_probs += self.log_probs.masked_fill(self.finished, -torch.inf).unsqueeze(2)
-        self._constraints.forbid(log_probs, self.token_ids, self.phrase_states)
+        self.constraints.forbid(log_probs, self.token_ids, self.phrase_states)
         log_probs[..., PAD].masked_fill_(self.finished, torch.inf)
         return log_probs
 
-    def advance(self, selection: Selection, vocabulary_size: int) -> Tensor:
+    def advance(self, selection: Selection) -> Tensor:
         """Replace the hypotheses by those selected of the extended ones.
 
         Returns:
             The place that each comes from, (B, K').
         """
-        selected, origin = selection.log_probs, selection.indices // vocabulary_size
-        next_tokens = selection.indices % vocabulary_size
+        selected, words = selection.log_probs, self.constraints.vocabulary_size
+        origin, next_tokens = selection.indices // words, selection.indices % words
         stays = selected == torch.inf
         log_probs, token_ids, phrase_states = gather_beams(
             (self.log_probs, self.token_ids, self.phrase_states), origin
@@ -87,7 +98,7 @@ class Beams:
         self.log_probs = torch.where(stays, log_probs, selected)
         self.finished = stays | ((next_tokens == EOS) & (selected > -torch.inf))
         self.token_ids = torch.cat([token_ids, next_tokens.unsqueeze(2)], 2)
-        self.phrase_states = self._constraints.advance(phrase_states, next_tokens)
+        self.phrase_states = self.constraints.advance(phrase_states, next_tokens)
         return origin
 
     def drop_finished(self) -> Tensor | None:
@@ -118,8 +129,8 @@ class Beams:
         """
         log_probs = self.log_probs
         with_eos = log_probs + log_softmax(logits)[..., EOS]
-        if self._constraints.forced is not None:
-            unmet = self._constraints.forced.is_unmet(self.phrase_states)
+        if self.constraints.forced is not None:
+            unmet = self.constraints.forced.is_unmet(self.phrase_states)
             log_probs = log_probs.masked_fill(unmet, -torch.inf)
             with_eos = with_eos.masked_fill(unmet, -torch.inf)
         ending = ~self.finished & (with_eos != -torch.inf)  # NaN goes through, to be reported
@@ -195,7 +206,7 @@ class Results:
 
 def log_softmax(logits: Tensor) -> Tensor:
     """Return log-probabilities over the last axis: float32, or float64 if the logits are."""
-    precise = torch.promote_types(logits.dtype, torch.float32)
+    precise = _precise(logits.dtype)
     if logits.dtype == precise or logits.device.type != "cpu":
         return torch.log_softmax(logits, -1, dtype=precise)
     log_probs = logits.to(precise)
@@ -204,15 +215,34 @@ def log_softmax(logits: Tensor) -> Tensor:
     return log_probs
 
 
-def gather_beams(tensors: tuple[Tensor, ...], origin: Tensor) -> tuple[Tensor, ...]:
-    """Return what lies at the places ``origin`` (B, K'): (B, K, …) gives (B, K', …)."""
+def gather_beams(
+    tensors: tuple[Tensor, ...], origin: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Collect what belongs to hypotheses from the places that they come from.
+
+    Args:
+        tensors: (B, K, …) each.
+        origin: The places, (B, K').
+        rows: The images that are wanted, (B',); None takes all.
+
+    Returns:
+        (B', K', …) for each tensor.
+    """
     if not tensors:
         return ()
-    first_places = torch.arange(len(origin), device=origin.device) * tensors[0].shape[1]
-    flat = (first_places.unsqueeze(1) + origin).flatten()
+    if rows is None:
+        rows = torch.arange(len(origin), device=origin.device)
+    else:
+        origin = origin[rows]
+    indices = (rows.unsqueeze(1) * tensors[0].shape[1] + origin).flatten()
     return tuple(
-        tensor.flatten(0, 1).index_select(0, flat).unflatten(0, origin.shape) for tensor in tensors
+        tensor.flatten(0, 1).index_select(0, indices).unflatten(0, origin.shape)
+        for tensor in tensors
     )
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _rank(scores: Tensor, finished: Tensor, groups: int) -> Tensor:

@@ -102,13 +102,14 @@ class CompiledConstraints:
         device: Where the search runs.
 
     Attributes:
+        vocabulary_size: As given.
         forced: The automata of the forced phrases; None without such phrases.
     """
 
     def __init__(
         self, constraints: Constraints, vocabulary_size: int, device: torch.device
     ) -> None:
-        self._constraints = constraints
+        self._constraints, self.vocabulary_size = constraints, vocabulary_size
         words = [phrase[0] for phrase in constraints.forbidden if len(phrase) == 1]
         phrases = [phrase for phrase in constraints.forbidden if len(phrase) > 1]
         self._never_generated = torch.tensor([*TOKENS_NEVER_GENERATED, *words], device=device)

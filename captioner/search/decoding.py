@@ -2,6 +2,15 @@
 
 The loop runs over a plain step function, batched over images and hypotheses; nothing here knows
 the model behind it. The methods differ only in how they select the hypotheses that go on.
+
+A hypothesis that takes EOS while it is among the best keeps its place in the beam; the others go on
+in the remaining places. An image is finished when all its hypotheses are, or when no unfinished one
+can overtake the best finished ones. After ``max_length`` words only EOS can follow.
+
+Hypotheses are ranked by log-probability / length ** ``length_penalty``, where the length counts
+EOS; those for which EOS was impossible come last. In diverse search the best of each group come
+first. The order of hypotheses with equal scores is fixed: it is the same each time, and in any
+batch.
 """
 
 import math
@@ -52,72 +61,53 @@ def decode(
     constraints: Constraints | None = None,
     image_keys: Tensor | None = None,
 ) -> list[list[Hypothesis]]:
-    """Find captions for each image.
-
-    A hypothesis that takes EOS while it is among the best keeps its place in the beam; the others
-    go on in the remaining places. An image is finished when all its hypotheses are, or when no
-    unfinished one can overtake the best finished ones. After ``max_length`` words only EOS can
-    follow. Hypotheses are ranked by log-probability / length ** ``length_penalty``, where the
-    length counts EOS; those for which EOS was impossible come last. The order of hypotheses with
-    equal scores is fixed: it is the same each time, and in any batch.
+    """Find captions for each image, by the method of the settings: see the top of this file.
 
     Args:
         step: The model, see ``StepFunction``.
         state: Of one hypothesis for each image, (B, 1, …); at least one tensor.
         memory: Of the images, (B, …).
         settings: Which search, how wide, and how many captions are wanted.
-        constraints: What captions may and must contain (``Constraints.from_config`` makes them
-            from the settings); None only limits the length.
-        image_keys: A number for each image, (B,), from which sampling derives its random numbers,
-            so that an image's samples don't depend on the other images. None takes 0, 1, 2, ….
+        constraints: What captions may and must contain; None only limits the length.
+        image_keys: Integers (B,) that samples depend on, not on the batch; None takes 0, 1, 2, ….
 
     Returns:
-        For each image its hypotheses, best first: at least one, at most ``n_best``. In diverse
-        search the best of each group come first. An image for which no caption that meets the
-        constraints was found has one without words and with a log-probability of -inf.
+        For each image its hypotheses, best first: at least one, at most ``n_best``. An image for
+        which no caption meets the constraints has one without words, of log-probability -inf.
 
     Raises:
         SearchError: The model gives NaN for some image.
     """
     images, device = len(state[0]), state[0].device
-    if image_keys is None:
-        image_keys = torch.arange(images, device=device)
-    bos = torch.full((images, 1), BOS, device=device)
-    logits, state = step(bos, state, memory)
-    vocabulary_size = logits.shape[2]
-    compiled = CompiledConstraints(
-        constraints or Constraints(max_length=settings.max_length), vocabulary_size, device
-    )
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    beams = Beams(image_keys.to(device, torch.long), settings, compiled, dtype)
+    keys = torch.arange(images, device=device) if image_keys is None else image_keys.to(device)
+    logits, state = step(torch.full((images, 1), BOS, device=device), state, memory)
+    constraints = constraints or Constraints(max_length=settings.max_length)
+    compiled = CompiledConstraints(constraints, logits.shape[2], device)
+    beams = Beams(keys.long(), settings, compiled, logits.dtype)
     for _ in range(settings.max_length):
-        log_probs = beams.extend(logits)
-        selection = _select(log_probs, beams, settings, compiled)
-        origin = beams.advance(selection, vocabulary_size)
+        selection = _select(beams.extend(logits), beams, settings)
+        origin = beams.advance(selection)
         active = beams.drop_finished()
         if not len(beams):
             return _to_hypotheses(beams.results)
         if active is not None:
-            origin, state = origin[active], tuple(part[active] for part in state)
-            memory = tuple(part[active] for part in memory)
-        state = gather_beams(state, origin)
-        logits, state = step(beams.token_ids[..., -1], state, memory)
+            memory = tuple(tensor[active] for tensor in memory)
+        state = gather_beams(state, origin, active)
+        logits, state = step(beams.last_tokens, state, memory)
     beams.finish_all(logits)
     return _to_hypotheses(beams.results)
 
 
-def _select(
-    log_probs: Tensor, beams: Beams, settings: SearchConfig, constraints: CompiledConstraints
-) -> Selection:
-    """Select the hypotheses that go on, by the method of the settings."""
+def _select(log_probs: Tensor, beams: Beams, settings: SearchConfig) -> Selection:
+    """Select the hypotheses that go on, of those with one token more, (B, K, V)."""
+    forced = beams.constraints.forced
     if settings.samples:
-        return sample_next(log_probs, settings, beams.image_keys, beams.token_ids.shape[2])
+        return sample_next(log_probs, settings, beams.image_keys, beams.length)
     if settings.groups > 1:
         return select_diverse(log_probs, settings.beam_size, settings.groups, settings.diversity)
-    if constraints.forced is not None:
-        words_met = constraints.forced.words_met_after(beams.phrase_states)
-        banks = constraints.forced.total_words + 1
-        return select_in_banks(log_probs, words_met, banks, settings.beam_size)
+    if forced is not None:
+        words_met = forced.words_met_after(beams.phrase_states)
+        return select_in_banks(log_probs, words_met, forced.total_words + 1, settings.beam_size)
     return select_best(log_probs, settings.beam_size)
 
 
