@@ -1,25 +1,27 @@
-"""Rules: exact against all captions there are; forced words, diverse groups, settings, command."""
+"""Constraints: exact against all captions there are; forced words, groups, settings, command."""
 
 import itertools
 import json
 import math
 import random
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 
 import pytest
 import torch
 from run_commands import run_caption
 from test_decoding import HistoryModel, brute_force, same
+from torch.overrides import TorchFunctionMode
 
 from captioner.config import SearchConfig
 from captioner.data.predictions import read_results
 from captioner.data.vocabulary import BOS, EOS, FUNCTION_WORDS, PAD, UNK, Vocabulary
 from captioner.errors import ConfigError
 from captioner.experiment_file import attribute_docs
-from captioner.search.constraints import ForcedPhrases, Rules
+from captioner.search.constraints import Constraints
 from captioner.search.decoding import Hypothesis, decode
+from captioner.search.forced_phrases import ForcedPhrases
 
 INF = math.inf
 NOTHING = [Hypothesis([], -INF, False)]
@@ -30,7 +32,7 @@ EVERY = sum(WORDS**length for length in range(6))  # captions of at most 5 words
 def find(model, beam_size, max_length, rules=None, step=None, keys=None, **settings):
     """Search by rules that are told as ids."""
     search = SearchConfig(beam_size, max_length, **settings)
-    told = Rules(max_length=max_length, **(rules or {}))
+    told = Constraints(max_length=max_length, **(rules or {}))
     return decode(step or model.step, model.state, model.memory, search, told, keys)
 
 
@@ -41,13 +43,13 @@ def holds(caption, phrase) -> bool:
 
 def meets(caption, **told) -> bool:
     """Tell whether a caption keeps to rules: the same rules again, read off the whole caption."""
-    rules, order = Rules(**told), told.get("no_repeat_ngram", 0)
+    rules, order = Constraints(**told), told.get("no_repeat_ngram", 0)
     ngrams = [tuple(caption[i : i + order]) for i in range(len(caption) - order + 1) if order]
     return (
         len(caption) >= rules.min_length
         and len(ngrams) == len(set(ngrams))
         and not (rules.no_repeat_word and any(a == b for a, b in itertools.pairwise(caption)))
-        and not (caption and caption[-1] in rules.endings)
+        and not (caption and caption[-1] in rules.forbidden_endings)
         and not any(holds(caption, phrase) for phrase in rules.forbidden)
         and all(holds(caption, phrase) for phrase in rules.forced)
     )
@@ -77,7 +79,7 @@ def some_rules(seed: int, words: int, forced: bool = True) -> dict:
         "min_length": dice.randint(1, 4),
         "no_repeat_ngram": dice.randint(2, 3),
         "no_repeat_word": True,
-        "endings": tuple(dice.sample(range(4, 4 + words), words - 2)),
+        "forbidden_endings": tuple(dice.sample(range(4, 4 + words), words - 2)),
         "forbidden": phrases(*dice.choices([1, 2, 3], k=2)),
         "forced": phrases(*dice.choices([1, 2], k=dice.randint(1, 2))),
     }
@@ -98,7 +100,7 @@ RULES = [
     *({"min_length": length} for length in (1, 3, 5)),
     *({"no_repeat_ngram": order} for order in (1, 2, 3)),
     {"no_repeat_word": True},
-    *({"endings": words} for words in [(4,), (5, 6), (4, 5, 6)]),
+    *({"forbidden_endings": words} for words in [(4,), (5, 6), (4, 5, 6)]),
     *({"forbidden": phrases} for phrases in [((4,),), ((4, 5),), ((4, 4), (5, 6, 5), (6,))]),
     *({"forced": phrases} for phrases in [((4,),), ((4, 5),), ((4, 4, 5),), ((4, 5, 4, 5),)]),
     # One in another, one twice, overlapping, and with the same start.
@@ -140,10 +142,10 @@ def test_what_a_narrow_beam_finds_meets_the_rules(beam_size):
 @pytest.mark.parametrize(
     ("rules", "settings"),
     [
-        (some_rules(6, 8, forced=False) | {"no_repeat_ngram": 2, "endings": (4, 5)}, {}),
+        (some_rules(6, 8, forced=False) | {"no_repeat_ngram": 2, "forbidden_endings": (4, 5)}, {}),
         ({"min_length": 3, "no_repeat_word": True, "forbidden": ((4, 5), (6,))}, {"groups": 2}),
-        ({"no_repeat_ngram": 1, "endings": (4, 7)}, {"groups": 4, "diversity": 3.0}),
-        ({"forced": ((4, 5), (6,)), "no_repeat_ngram": 2, "endings": (6,)}, {}),
+        ({"no_repeat_ngram": 1, "forbidden_endings": (4, 7)}, {"groups": 4, "diversity": 3.0}),
+        ({"forced": ((4, 5), (6,)), "no_repeat_ngram": 2, "forbidden_endings": (6,)}, {}),
     ],
 )
 def test_batched_equals_one_by_one(rules, settings):
@@ -197,19 +199,19 @@ def test_progress_is_the_longest_part_that_the_last_words_begin(phrases):
     """After any words: 4 4 4 5 holds 4 4 5, although it breaks off once."""
     automaton = ForcedPhrases(phrases, 8, torch.device("cpu"))
     texts = torch.tensor(list(itertools.product([4, 5, 6, 7], repeat=6))).unsqueeze(0)
-    states = automaton.begin(1).expand(-1, texts.shape[1], -1)
+    states = automaton.init_state(1).expand(-1, texts.shape[1], -1)
     for position in range(6):
-        after_each = automaton.met_after_each(states)
-        states = automaton.after(states, texts[..., position])
+        after_each = automaton.words_met_after(states)
+        states = automaton.advance(states, texts[..., position])
         chosen = after_each.gather(2, texts[..., position : position + 1]).squeeze(2)
-        assert torch.equal(chosen, automaton.met(states))
+        assert torch.equal(chosen, automaton.words_met(states))
     for text, state, met in zip(
-        texts[0].tolist(), states[0].tolist(), automaton.met(states)[0], strict=True
+        texts[0].tolist(), states[0].tolist(), automaton.words_met(states)[0], strict=True
     ):
         for phrase, part in zip(phrases, state, strict=True):
             begun = [n for n in range(len(phrase)) if tuple(text[6 - n :]) == phrase[:n]]
             assert part == (len(phrase) if holds(text, phrase) else max(begun))
-        assert (met == automaton.words) == all(holds(text, phrase) for phrase in phrases)
+        assert (met == automaton.total_words) == all(holds(text, phrase) for phrase in phrases)
 
 
 def test_an_image_without_a_caption_leaves_the_others_alone():
@@ -234,7 +236,7 @@ def test_an_image_without_a_caption_leaves_the_others_alone():
         {"forced": ((4, 5), (4, 6)), "no_repeat_ngram": 1},
         {"forced": ((4,),), "forbidden": ((4,),)},
         {"min_length": 4, "forbidden": tuple((word,) for word in range(4, 10))},
-        {"min_length": 1, "endings": tuple(range(4, 10))},
+        {"min_length": 1, "forbidden_endings": tuple(range(4, 10))},
     ],
     ids=str,
 )
@@ -298,7 +300,10 @@ def test_groups_equal_a_search_by_lists_that_never_stops_early(width, groups, di
 
 @pytest.mark.parametrize(("width", "groups"), [(1, 3), (2, 3), (5, 2)])
 def test_without_diversity_each_group_is_a_beam_search_of_its_own(width, groups):
-    model, rules = HistoryModel(10, images=6, seed=2), {"no_repeat_word": True, "endings": (4, 5)}
+    model, rules = (
+        HistoryModel(10, images=6, seed=2),
+        {"no_repeat_word": True, "forbidden_endings": (4, 5)},
+    )
     places, settings = width * groups, {"groups": groups, "diversity": 0.0}
     found = find(model, places, 7, rules, n_best=places, **settings)
     alone = find(model, width, 7, rules, n_best=width)
@@ -329,7 +334,7 @@ def ids(text: str) -> tuple[int, ...]:
 
 
 def test_rules_of_settings():
-    found = Rules.of(
+    found = Constraints.from_config(
         SearchConfig(
             max_length=9,
             min_length=2,
@@ -341,13 +346,20 @@ def test_rules_of_settings():
         ),
         VOCABULARY,
     )
-    assert sorted(found.endings) == sorted(ids(" ".join(FUNCTION_WORDS & {*VOCABULARY.words})))
-    assert {VOCABULARY.words[word] for word in found.endings} == {"a", "on", "the", "with"}
+    assert sorted(found.forbidden_endings) == sorted(
+        ids(" ".join(FUNCTION_WORDS & {*VOCABULARY.words}))
+    )
+    assert {VOCABULARY.words[word] for word in found.forbidden_endings} == {
+        "a",
+        "on",
+        "the",
+        "with",
+    }
     assert (found.min_length, found.max_length) == (2, 9)
     assert (found.no_repeat_ngram, found.no_repeat_word) == (3, True)
     assert found.forbidden == (ids("dogs"), ids("a red horse"))  # zebra is never written anyway
     assert found.forced == (ids("man"), ids("on a"))
-    assert Rules.of(SearchConfig(), VOCABULARY) == Rules()
+    assert Constraints.from_config(SearchConfig(), VOCABULARY) == Constraints()
 
 
 @pytest.mark.parametrize(
@@ -365,7 +377,7 @@ def test_rules_of_settings():
 )
 def test_words_that_cannot_be_are_refused(settings, expected):
     with pytest.raises(ConfigError, match=expected):
-        Rules.of(SearchConfig(**settings), VOCABULARY)
+        Constraints.from_config(SearchConfig(**settings), VOCABULARY)
 
 
 @pytest.mark.parametrize(
@@ -487,3 +499,34 @@ def test_one_text_where_a_list_is_meant_is_refused():
     for name in ("forced", "forbidden"):
         with pytest.raises(ConfigError, match=f"search.{name}: a list of words and phrases"):
             SearchConfig(**{name: "dog"})
+
+
+class HostCopies(TorchFunctionMode):
+    """Counts the tensors that are made of Python values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.tensor, torch.as_tensor)
+        return function(*args, **(kwargs or {}))
+
+
+def test_constants_go_to_the_device_once_and_not_at_each_step():
+    constraints = Constraints(
+        max_length=12,
+        min_length=12,
+        forbidden_endings=(4, 5),
+        forbidden=((6,), (7, 8)),
+        no_repeat_ngram=3,
+    )
+    copies = []
+    for max_length in (6, 12):
+        model = HistoryModel(vocabulary_size=10, images=3, seed=1)
+        limits = {"max_length": max_length, "min_length": max_length}
+        search = SearchConfig(beam_size=3, **limits)
+        with HostCopies() as mode:
+            decode(model.step, model.state, model.memory, search, replace(constraints, **limits))
+        copies.append(mode.count)
+    assert copies[0] == copies[1] > 0

@@ -19,12 +19,12 @@ from captioner.models.captioning_model import CaptioningModel
 from captioner.models.checkpoint import save_checkpoint
 from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
-from captioner.search.decoding import Hypothesis, average, decode
+from captioner.search import Hypothesis, decode, ensemble_step
 
 
 def together(models: list[HistoryModel], settings: SearchConfig) -> list[list[Hypothesis]]:
     states, memories = [model.state for model in models], [model.memory for model in models]
-    step = average([model.step for model in models], states, memories)
+    step = ensemble_step([model.step for model in models], states, memories)
     return decode(step, sum(states, ()), sum(memories, ()), settings)
 
 

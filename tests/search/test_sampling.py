@@ -12,7 +12,8 @@ from test_decoding import INF, HistoryModel, constant, greedy
 from captioner.config import SearchConfig
 from captioner.data.vocabulary import BOS, EOS, PAD, UNK
 from captioner.errors import SearchError
-from captioner.search.decoding import _uniform, decode
+from captioner.search import decode
+from captioner.search.sampling import uniform
 
 LOGITS = [3.0, 4.0, 0.2, 5.0, 1.5, 0.1, -1.0, 1.4, 0.9, -2.5, 0.6, -0.3]
 SETTINGS = [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.6}]
@@ -165,7 +166,7 @@ def test_random_numbers_are_uniform_and_know_nothing_of_each_other():
     keys, numbers = torch.arange(120), torch.arange(30)
     drawn = torch.stack(
         [
-            torch.stack([_uniform(seed, keys, numbers, step) for step in range(10)])
+            torch.stack([uniform(seed, keys, numbers, step) for step in range(10)])
             for seed in range(6)
         ]
     ).double()  # (seeds, steps, keys, numbers)
