@@ -2,9 +2,10 @@
 
 import contextlib
 import ctypes
-import os
 import sys
+from pathlib import Path
 
+import psutil
 import torch
 
 from captioner.errors import ConfigError
@@ -45,7 +46,9 @@ def computes_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         # oneDNN alone knows whether this processor has bfloat16 instructions (AVX-512, AMX, Arm).
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        # Builds without oneDNN, such as macOS's, lack the question.
+        ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return bool(ask and ask())
     return False
 
 
@@ -76,19 +79,44 @@ def keep_freed_memory() -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return how many bytes are free on a device, as far as it tells."""
+    """Return how many bytes are free on a device: what a container may use counts, caches don't."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    limit, used = _container_memory()
+    return min(available, max(0, limit - used))
+
+
+def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """Return the memory limit of this process's container and what is used of it, in bytes.
+
+    Files that the system could drop from its cache don't count as used. No limit is a huge one.
+    """
+    names = ("memory.max", "memory.current", "memory.stat", "inactive_file")  # cgroup v2
+    if not (root / names[0]).is_file():
+        root = root / "memory"  # cgroup v1
+        names = (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "memory.stat",
+            "total_inactive_file",
+        )
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # macOS doesn't say how much is free
-        return 4 << 30
+        limit = int((root / names[0]).read_text())
+        used = int((root / names[1]).read_text())
+        lines = (line.split() for line in (root / names[2]).read_text().splitlines())
+        return limit, used - int(dict(lines)[names[3]])
+    except (OSError, ValueError, KeyError):  # "max", no cgroups, or another system
+        return 1 << 62, 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that a device, or the machine, has no memory left."""
     # On the CPU torch and oneDNN raise a plain RuntimeError, which only its text tells apart.
-    texts = ("can't allocate memory", "could not create a primitive", "bad_alloc")
+    texts = (
+        *("can't allocate memory", "could not create a primitive", "bad_alloc"),
+        *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    )
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )

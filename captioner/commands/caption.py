@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.cli import HelpFormatter, command
 from captioner.config import SearchConfig
+from captioner.data.annotations import ImageId
 from captioner.data.predictions import results_format, write_results
 from captioner.errors import UsageError, name_some
 from captioner.experiment_file import attribute_docs
@@ -89,7 +90,7 @@ def _add_search_settings(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, type=type(default), help=text)
 
 
-def _refuse_unwritable(path: Path) -> None:
+def _check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -108,11 +109,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--split chooses among the images of --annotations, which is missing")
     if args.batch_size < 0:
         raise UsageError(f"--batch-size: at least 0 was expected, found {args.batch_size}")
-    _refuse_unwritable(args.output)
+    _check_writable(args.output)
 
+    from captioner.device import keep_freed_memory
     from captioner.inference.captioner import Captioner
     from captioner.inference.folder import caption_files, find_images, listed_images
 
+    keep_freed_memory()
     if args.annotations:
         images = listed_images(args.folder, args.annotations, args.split)
     else:
@@ -137,16 +140,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [{"image_id": row["image_id"], "caption": row["caption"]} for row in rows]
     write_results(args.output, rows)
     print(f"{len(rows)} captions in {args.output}")
-    impossible = [name for name, best in captions.items() if best[0].log_probability == -math.inf]
-    if impossible:
-        log_line(
-            f"warning: {len(impossible)} captions are empty, no caption that met the settings was "
-            f"found: {name_some(impossible)}"
-        )
+    _warn_of_empty(captions)
     if failed:
         log_line(f"{len(failed)} of {len(images)} images could not be read: {name_some(failed)}")
         return 3
     return 0
+
+
+def _warn_of_empty(captions: "Mapping[ImageId, Sequence[Caption]]") -> None:
+    empty = [name for name, best in captions.items() if best[0].log_probability == -math.inf]
+    if empty:
+        log_line(
+            f"warning: {len(empty)} captions are empty, no caption that met the settings was "
+            f"found: {name_some(empty)}"
+        )
 
 
 def _row(image: "ImageFile", captions: Sequence["Caption"], n_best: int) -> dict[str, Any]:

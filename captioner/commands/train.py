@@ -33,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     config = load_config(args.experiment, args.overrides)
 
-    from captioner.training.run import train  # torch takes seconds to import; --help must not
+    from captioner.device import keep_freed_memory  # torch takes seconds to import; --help must not
+    from captioner.training.run import train
 
+    keep_freed_memory()
     scores = train(config, args.output_dir, args.resume)
     for name, score in scores.items():
         print(f"{name}: {score:.4f}")

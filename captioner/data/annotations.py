@@ -140,7 +140,7 @@ def _from_coco(path: Path, content: Any, split: str | None) -> Annotations:
         needed={"image_id": (int, str), "caption": (str,)},
         optional={"id": (int, str)},
     )
-    _refuse_double_ids(path, (image["id"] for image in images))
+    _check_unique_ids(path, (image["id"] for image in images))
     for position, entry in enumerate(captions):  # the index asks for an id
         entry.setdefault("id", f"annotations[{position}]")
 
@@ -233,7 +233,7 @@ def _from_karpathy(path: Path, content: dict[str, Any], split: str | None) -> An
                 )
             _add_caption(image, sentence["raw"], sentence.get("sentid", image_id), empty)
         found.append(image)
-    _refuse_double_ids(path, (image.image_id for image in found))
+    _check_unique_ids(path, (image.image_id for image in found))
     return Annotations(path, found, _notes(path, found, empty))
 
 
@@ -353,7 +353,7 @@ def _lines(text: str) -> list[str]:
     return io.StringIO(text, newline=None).read().split("\n")
 
 
-def _refuse_double_ids(path: Path, image_ids: Iterable[ImageId]) -> None:
+def _check_unique_ids(path: Path, image_ids: Iterable[ImageId]) -> None:
     twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
     if twice:
         raise DataError(f"{path}: {len(twice)} image ids are listed twice ({name_some(twice)})")

@@ -1,7 +1,7 @@
 """Images with their captions, and the batches that training takes them in."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,18 +65,7 @@ class CaptionDataset:
                 f"{name_some(nameless)})"
             )
         paths = {image.image_id: Path(images) / str(image.file_name) for image in entries}
-        absent = [image_id for image_id, path in paths.items() if not os.path.isfile(path)]
-        if absent:
-            example = paths[absent[0]]
-            message = (
-                f"{annotations}: {len(absent)} of {len(paths)} images are not in {images} "
-                f"(ids {name_some(absent)}; {example} was expected)"
-            )
-            if missing == "error" or len(absent) == len(paths):
-                raise DataError(f"{message}; fetch them, or set data.bad_images=skip")
-            log_line(f"warning: {message}; they are left out")
-            gone = set(absent)
-            entries = [image for image in entries if image.image_id not in gone]
+        entries = _existing(entries, paths, f"{annotations}", images, missing)
         if not entries:
             raise DataError(f"{annotations}: no image with a caption" + _in_split(split))
         return cls(
@@ -104,6 +93,28 @@ class CaptionDataset:
         return dict(zip(self.image_ids, self.captions, strict=True))
 
 
+def _existing(
+    entries: list[AnnotatedImage],
+    paths: Mapping[ImageId, Path],
+    source: str,
+    images: str | Path,
+    missing: str,
+) -> list[AnnotatedImage]:
+    """Return the images whose files are there; see ``CaptionDataset.load`` for ``missing``."""
+    absent = [image_id for image_id, path in paths.items() if not os.path.isfile(path)]
+    if not absent:
+        return entries
+    message = (
+        f"{source}: {len(absent)} of {len(paths)} images are not in {images} "
+        f"(ids {name_some(absent)}; {paths[absent[0]]} was expected)"
+    )
+    if missing == "error" or len(absent) == len(paths):
+        raise DataError(f"{message}; fetch them, or set data.bad_images=skip")
+    log_line(f"warning: {message}; they are left out")
+    gone = set(absent)
+    return [image for image in entries if image.image_id not in gone]
+
+
 def _with_words(images: Sequence[AnnotatedImage], source: str) -> list[AnnotatedImage]:
     """Leave out captions of punctuation alone, and images that have no other; say how many."""
     kept, wordless = [], 0
@@ -117,7 +128,7 @@ def _with_words(images: Sequence[AnnotatedImage], source: str) -> list[Annotated
     return kept
 
 
-def refuse_overlap(train: CaptionDataset, val: CaptionDataset) -> None:
+def check_no_overlap(train: CaptionDataset, val: CaptionDataset) -> None:
     """Raise a DataError when two splits share image files."""
     trained = {path.resolve() for path in train.paths}
     shared = [

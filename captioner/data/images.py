@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
@@ -23,17 +23,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # A strip longer than this times its width is cut before it is scaled: 10 x 100,000 pixels would
 # otherwise become 224 x 2,240,000. The centre square is the same.
 LONGEST_STRIP = 8
-
-# What makes an image upright, by its EXIF orientation.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def load_image(path: str | Path, least: int = 0) -> Image.Image:
@@ -64,6 +53,13 @@ def load_image(path: str | Path, least: int = 0) -> Image.Image:
         raise ImageError(f"{path}: not a readable image ({reason})") from None
 
 
+def load_thumbnail(path: str | Path, size: int = 256) -> Image.Image:
+    """Return an image, as ``load_image`` reads it, with neither side longer than ``size``."""
+    image = load_image(path, size)
+    image.thumbnail((size, size))
+    return image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image turned upright by its EXIF tag, as 8-bit RGB."""
     image = _upright(image)
@@ -80,11 +76,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return ImageOps.exif_transpose(image)
     # Damaged EXIF raises almost anything, and is no reason to lose the picture.
     except Exception:
         return image
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -162,6 +157,10 @@ class PixelBatch:
     indices: list[int]
     pixels: torch.Tensor
     failures: list[tuple[int, str]]
+
+    def pin_memory(self) -> "PixelBatch":
+        """Return it with its pixels in pinned memory; DataLoader calls this for a GPU."""
+        return PixelBatch(self.indices, self.pixels.pin_memory(), self.failures)
 
 
 def load_pixels(

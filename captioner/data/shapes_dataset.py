@@ -87,10 +87,9 @@ def write_data_set(
     _check_request(counts, image_size, seed)
     _check_replaceable(directory)
     dealt = split_scenes(counts, np.random.default_rng(seed))
-    total = sum(counts.values())
     with (
         atomic_directory(directory) as aside,
-        Progress("drawing", total, "image") as progress,
+        Progress("drawing", sum(counts.values()), "image") as progress,
         ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as workers,
     ):
 
@@ -104,10 +103,11 @@ def write_data_set(
         for split in SPLITS:
             folder = aside / "images" / split
             folder.mkdir(parents=True)
-            records = []
-            for record in workers.map(
+            drawn = workers.map(
                 draw_and_save, itertools.repeat(folder), *zip(*dealt[split], strict=True)
-            ):
+            )
+            records = []
+            for record in drawn:
                 records.append(record)
                 progress.update()
             _write_annotations(aside / "annotations", split, records)

@@ -78,7 +78,7 @@ class Captioner:
         self.models = [model.to(self.device).eval() for model in models]
         self.model = self.models[0]
         for other in self.models[1:]:
-            _refuse_strangers(self.model, other)
+            _check_compatible(self.model, other)
         # Models that share a CNN share what it says about an image.
         cnns = [repr(model.encoder.fingerprint()) if len(models) > 1 else "" for model in models]
         self._cnn_of = [cnns.index(each) for each in cnns]
@@ -258,7 +258,7 @@ def _is_one(images: ImageLike | Iterable[ImageLike]) -> bool:
     )
 
 
-def _refuse_strangers(first: CaptioningModel, other: CaptioningModel) -> None:
+def _check_compatible(first: CaptioningModel, other: CaptioningModel) -> None:
     if other.vocabulary.words != first.vocabulary.words:
         raise CheckpointError(
             f"an ensemble needs one vocabulary, found one of {len(first.vocabulary)} words and "

@@ -133,20 +133,29 @@ def caption_files(
             bar.update(len(batch.failures))
             done = 0
             while done < len(batch.indices):
-                indices = batch.indices[done : done + at_once]
-                pixels = batch.pixels[done : done + at_once]
-                keys = torch.tensor([_key(images[index].image_id) for index in indices])
-                try:
-                    found = captioner.captions(pixels, search, keys)
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    at_once = _smaller(len(indices), captioner.device)
+                chunk = slice(done, done + at_once)
+                chunk_images = [images[index] for index in batch.indices[chunk]]
+                results = _try_captions(captioner, batch.pixels[chunk], chunk_images, search)
+                if results is None:  # all that the failed try held is free again here
+                    at_once = _smaller(len(chunk_images), captioner.device)
                     continue
-                captions |= zip((images[i].image_id for i in indices), found, strict=True)
-                done += len(indices)
-                bar.update(len(indices))
+                captions |= zip((image.image_id for image in chunk_images), results, strict=True)
+                done += len(chunk_images)
+                bar.update(len(chunk_images))
     return captions, failed
+
+
+def _try_captions(
+    captioner: Captioner, pixels: torch.Tensor, images: Sequence[ImageFile], search: SearchConfig
+) -> list[list[Caption]] | None:
+    """Return captions of some images, or None where memory runs out."""
+    keys = torch.tensor([_key(image.image_id) for image in images])
+    try:
+        return captioner.captions(pixels, search, keys)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def _fitting(captioner: Captioner, search: SearchConfig) -> int:

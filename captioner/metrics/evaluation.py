@@ -57,15 +57,10 @@ def read_evaluation(
     names = _names(hypotheses_paths)
     annotations = read_annotations(references_path, split)
     references = {image.image_id: image.captions for image in annotations.images}
-    results = {
-        name: _read_matching(path, references, annotations)
-        for name, path in zip(names, hypotheses_paths, strict=True)
-    }
-    differences = [
-        line
-        for name, path in zip(names, hypotheses_paths, strict=True)
-        for line in _differences(results[name], references, str(path))
-    ]
+    results, differences = {}, []
+    for name, path in zip(names, hypotheses_paths, strict=True):
+        results[name] = _read_matching(path, references, annotations)
+        differences += _differences(results[name], references, str(path))
     if differences and not allow_missing:
         raise DataError(
             f"{'; '.join(differences)}; --allow-missing scores the images that both have"
@@ -83,16 +78,22 @@ def read_evaluation(
     if differences:
         notes.append(f"scored: only the {len(common)} images that all files have")
     for name, path in zip(names, hypotheses_paths, strict=True):
-        empty = [key for key in common if not results[name][key].strip()]
-        if empty:
-            ids = name_some(empty)
-            notes.append(f"{path}: {len(empty)} empty captions, scored as such (ids {ids})")
+        notes += _empty_captions(path, results[name], common)
     return Evaluation(
         {key: references[key] for key in common},
         {name: {key: captioned[key] for key in common} for name, captioned in results.items()},
         {image.image_id: image.file_name for image in annotations.images if image.file_name},
         notes,
     )
+
+
+def _empty_captions(
+    path: str | Path, captions: Mapping[ImageId, str], common: Sequence[ImageId]
+) -> list[str]:
+    empty = [key for key in common if not captions[key].strip()]
+    if not empty:
+        return []
+    return [f"{path}: {len(empty)} empty captions, scored as such (ids {name_some(empty)})"]
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:

@@ -112,13 +112,8 @@ def write_report(
     Raises:
         UsageError: matplotlib isn't installed.
     """
-    first = next(iter(scores.values()))
-    metric = "CIDEr-D" if "CIDEr-D" in first.per_image else list(first.per_image)[-1]
-    order = np.argsort(-first.per_image[metric], kind="stable")
+    metric, best, worst = _choose_images(scores)
     keys = list(evaluation.references)
-    shown = min(SHOWN, -(-len(keys) // 2))
-    best = [int(place) for place in order[:shown]]
-    worst = [int(place) for place in order[::-1][: min(shown, len(keys) - shown)]]
     plot = base64.b64encode(_image(_spread(scores), "png")).decode()
 
     def cards(places: list[int]) -> str:
@@ -145,6 +140,15 @@ def write_report(
                 worst=cards(worst),
             )
         )
+
+
+def _choose_images(scores: Mapping[str, Scores]) -> tuple[str, list[int], list[int]]:
+    """Return the metric that orders the images, and the places of the best and the worst."""
+    first = next(iter(scores.values()))
+    metric = "CIDEr-D" if "CIDEr-D" in first.per_image else list(first.per_image)[-1]
+    order = [int(place) for place in np.argsort(-first.per_image[metric], kind="stable")]
+    shown = min(SHOWN, -(-len(order) // 2))
+    return metric, order[:shown], order[::-1][: min(shown, len(order) - shown)]
 
 
 def _table(summary: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from captioner.data.images import in_batches, load_pixels
+from captioner.data.images import PixelBatch, in_batches, load_pixels
 from captioner.errors import CacheError, ImageError, name_some
 from captioner.files import write_json
 from captioner.models.encoder import Encoder
@@ -102,21 +102,35 @@ def cached_features(
     with store.locked(), store.opened_for_append() as known:
         missing = {key: i for i, key in enumerate(keys) if key is not None and key not in known}
         if missing:
-            store.refuse_if_too_large(len(missing))
-            cnn = InferenceEncoder(encoder, precision)
-            numbers = list(missing.values())
+            store.check_free_space(len(missing))
+            cnn, numbers = InferenceEncoder(encoder, precision), list(missing.values())
             batches = [[numbers[i] for i in b] for b in in_batches(len(numbers), ENCODE_BATCH)]
-            with Progress(f"encoding with {encoder.name}", len(missing), "image") as bar:
-                for batch in load_pixels(paths, encoder.preprocessing, batches, device, workers):
-                    failures += batch.failures
-                    if batch.indices:
-                        grid = cnn(batch.pixels)
-                        rows = grid.mean(1, keepdim=True, dtype=torch.float32) if pooled else grid
-                        store.append([keys[i] for i in batch.indices], _to_float16(rows))
-                    bar.update(len(batch.indices) + len(batch.failures))
+            pixels = load_pixels(paths, encoder.preprocessing, batches, device, workers)
+            failures += _encode(cnn, pixels, store, keys, len(numbers), pooled)
     report_failures(failures, len(paths), bad_images)
     index = np.array([store.row_of.get(key, -1) for key in keys], dtype=np.int64)
     return Features(store.map_rows(), index)
+
+
+def _encode(
+    cnn: InferenceEncoder,
+    pixels: Iterator[PixelBatch],
+    store: "_Store",
+    keys: Sequence["FileKey | None"],
+    count: int,
+    pooled: bool,
+) -> list[tuple[int, str]]:
+    """Put the features of images into the store; return those that couldn't be read, and why."""
+    failures = []
+    with Progress(f"encoding with {cnn.name}", count, "image") as bar:
+        for batch in pixels:
+            failures += batch.failures
+            if batch.indices:
+                grid = cnn(batch.pixels)
+                rows = grid.mean(1, keepdim=True, dtype=torch.float32) if pooled else grid
+                store.append([keys[i] for i in batch.indices], _to_float16(rows))
+            bar.update(len(batch.indices) + len(batch.failures))
+    return failures
 
 
 def report_failures(failures: list[tuple[int, str]], total: int, bad_images: str) -> None:
@@ -271,7 +285,7 @@ class _Store:
         path = self.folder / "features.f16"
         return np.memmap(path, dtype=np.float16, mode="r", shape=(self._rows, *self.shape))
 
-    def refuse_if_too_large(self, count: int) -> None:
+    def check_free_space(self, count: int) -> None:
         """Raise a CacheError when ``count`` more rows don't fit on the disk."""
         needed, free = count * self.row_bytes, shutil.disk_usage(self.folder).free
         if needed > free:

@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from captioner.config import Config
-from captioner.data.dataset import CaptionDataset, refuse_overlap
+from captioner.data.dataset import CaptionDataset, check_no_overlap
 from captioner.data.vocabulary import Vocabulary
 from captioner.device import choose_device, choose_precision
 from captioner.errors import CheckpointError, ConfigError
@@ -111,7 +111,7 @@ def load_splits(config: Config) -> tuple[CaptionDataset, CaptionDataset]:
         )
         for split in ("train", "val")
     )
-    refuse_overlap(train_set, val_set)
+    check_no_overlap(train_set, val_set)
     if config.validation.max_images:
         val_set = val_set.select(range(min(len(val_set), config.validation.max_images)))
     return train_set, val_set

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from captioner.config import Config
 from captioner.data.annotations import ImageId
 from captioner.data.dataset import Batch, CaptionDataset, TrainingBatches, encode_captions
-from captioner.data.images import in_batches, load_image
+from captioner.data.images import in_batches, load_thumbnail
 from captioner.data.predictions import write_results
 from captioner.data.vocabulary import PAD
 from captioner.device import autocast
@@ -379,10 +378,3 @@ def _token_ids_of(batch: Batch, images: Sequence[int]) -> Tensor:
         return batch.token_ids
     readable = set(images)
     return batch.token_ids[[image in readable for image in batch.images]]
-
-
-def load_thumbnail(path: Path) -> Image.Image:
-    """Return a small copy."""
-    image = load_image(path)
-    image.thumbnail((256, 256))
-    return image

@@ -456,6 +456,17 @@ def mackey_glass(length: int, seed: int, delay: int = 17) -> np.ndarray:
     return x[delay * fine :: fine][300:]
 
 
+def _forecasts(length: int, window: int, ahead: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return windows of the series and the value ``ahead`` steps after each, to train and val."""
+    series = mackey_glass(length, seed=0)
+    series = (series - series.mean()) / series.std()
+    views = np.lib.stride_tricks.sliding_window_view(series, window + ahead)
+    x = torch.from_numpy(views[:, :window].copy()).float()
+    y = torch.from_numpy(views[:, -1].copy()).float()
+    cut = len(x) * 3 // 4
+    return x[:cut], y[:cut], x[cut + window + ahead :], y[cut + window + ahead :]
+
+
 def time_series(setting: Setting) -> list[Record]:
     """Many to one, with numbers: forecast of a chaotic time series.
 
@@ -464,14 +475,8 @@ def time_series(setting: Setting) -> list[Record]:
     squares on the same 40 values; the feed-forward one has them all at once too, so that order
     isn't hidden from it.
     """
-    window, ahead = 40, 20
-    series = mackey_glass(setting.pick(6000, 800), seed=0)
-    series = (series - series.mean()) / series.std()
-    views = np.lib.stride_tricks.sliding_window_view(series, window + ahead)
-    x = torch.from_numpy(views[:, :window].copy()).float()
-    y = torch.from_numpy(views[:, -1].copy()).float()
-    cut = len(x) * 3 // 4
-    x, y, x_val, y_val = x[:cut], y[:cut], x[cut + window + ahead :], y[cut + window + ahead :]
+    window = 40
+    x, y, x_val, y_val = _forecasts(setting.pick(6000, 800), window, ahead=20)
 
     def error(said: Tensor) -> dict[str, float]:
         return {"error": float((said - y_val).square().mean().sqrt())}

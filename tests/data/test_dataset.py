@@ -10,9 +10,9 @@ import torch
 from captioner.data.dataset import (
     CaptionDataset,
     TrainingBatches,
+    check_no_overlap,
     encode_captions,
     pad,
-    refuse_overlap,
 )
 from captioner.data.vocabulary import BOS, EOS, PAD, SPECIAL_WORDS, UNK, Vocabulary
 from captioner.errors import CheckpointError, DataError
@@ -124,14 +124,14 @@ def test_splits_of_one_file(folder):
     )
     assert (train.image_ids, val.image_ids) == (["1.jpg", "2.jpg"], ["3.jpg", "4.jpg"])
     assert train.name.endswith("c.csv (split train)")
-    refuse_overlap(train, val)
+    check_no_overlap(train, val)
 
 
 def test_overlapping_splits_are_refused_with_ids_and_counts(folder):
-    refuse_overlap(load(folder), load(folder, "val"))
+    check_no_overlap(load(folder), load(folder, "val"))
     write_split(folder, "val", [("x", "2.jpg", ["a"]), ("y", "5.jpg", ["a"]), (3, "3.jpg", ["a"])])
     with pytest.raises(DataError, match=r"val\.json: 2 of its images are in .*train\.json") as e:
-        refuse_overlap(load(folder), load(folder, "val"))
+        check_no_overlap(load(folder), load(folder, "val"))
     assert "(ids x, 3)" in str(e.value)
 
 
@@ -140,10 +140,10 @@ def test_an_overlap_through_links_is_refused(folder):
     (folder / "linked").symlink_to(folder / "images")
     write_split(folder, "val", [(1, "other.jpg", ["a"])])
     with pytest.raises(DataError, match="1 of its images"):
-        refuse_overlap(load(folder), load(folder, "val"))
+        check_no_overlap(load(folder), load(folder, "val"))
     again = CaptionDataset.load(folder / "train.json", folder / "linked" / ".." / "images")
     with pytest.raises(DataError, match="4 of its images"):
-        refuse_overlap(load(folder), again)
+        check_no_overlap(load(folder), again)
 
 
 # --- Vocabulary -----------------------------------------------------------------------------
