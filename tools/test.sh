@@ -8,4 +8,5 @@ install_captioner dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/pytest "$@"
+# In parallel, with one thread each: torch's threads would wait for each other.
+OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses auto "$@"

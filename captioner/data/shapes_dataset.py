@@ -69,9 +69,9 @@ def write_data_set(
 ) -> None:
     """Draw a data set, whole or not at all.
 
-    ``directory/images/SPLIT/`` gets the pictures, ``directory/annotations/`` gets
-    ``captions_SPLIT.json`` (COCO captions) and ``scenes_SPLIT.json`` (the records). The same
-    arguments give the same bytes under the same versions of numpy and pillow.
+    ``images/SPLIT/`` gets the pictures, ``annotations/`` gets ``captions_SPLIT.json`` (COCO
+    captions) and ``scenes_SPLIT.json``. The same arguments give the same bytes (with the same
+    numpy and pillow).
 
     Args:
         directory: Where; it is made, or replaced where it holds such a data set already.
@@ -94,7 +94,7 @@ def write_data_set(
     ):
 
         def draw_and_save(folder: Path, image_id: int, scene: Scene) -> Record:
-            # Each image has its own stream of random numbers, whichever thread draws it when.
+            # Its own stream of random numbers, whichever thread draws it when.
             rng = np.random.default_rng([seed, image_id])
             record, image = draw(scene, image_id, image_size, rng)
             image.save(folder / record.file_name)
@@ -103,11 +103,9 @@ def write_data_set(
         for split in SPLITS:
             folder = aside / "images" / split
             folder.mkdir(parents=True)
-            drawn = workers.map(
-                draw_and_save, itertools.repeat(folder), *zip(*dealt[split], strict=True)
-            )
+            ids, scenes = zip(*dealt[split], strict=True)
             records = []
-            for record in drawn:
+            for record in workers.map(draw_and_save, itertools.repeat(folder), ids, scenes):
                 records.append(record)
                 progress.update()
             _write_annotations(aside / "annotations", split, records)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,10 +20,12 @@ from experiments.recurrence.study import HERE, Setting
 
 def experiment(setting: Setting, *overrides: str) -> Config:
     """Return ``captioning.toml`` with the setting's data and weights, and overrides."""
-    given = {"data.root": setting.data, "encoder.weights": setting.weights}
+    changes = {"data.root": setting.data, "encoder.weights": setting.weights}
+    if (Path(setting.data or ".") / "images").is_dir():  # some unpack it in lower case
+        changes |= {"data.train_images": "images", "data.val_images": "images"}
     return load_config(
         HERE / "captioning.toml",
-        [*(f"{key}={value}" for key, value in given.items() if value), *overrides],
+        [*(f"{key}={value}" for key, value in changes.items() if value), *overrides],
     )
 
 
@@ -49,7 +52,11 @@ def load_captions(setting: Setting) -> tuple[Captions, Captions, Vocabulary]:
     """Return the training and the validation split, and the vocabulary of the training captions."""
     data = experiment(setting).data
     train, val = (
-        CaptionDataset.load(data.path(f"{split}_annotations"), data.path(f"{split}_images"))
+        CaptionDataset.load(
+            data.path(f"{split}_annotations"),
+            data.path(f"{split}_images"),
+            data.split(f"{split}_split"),
+        )
         for split in ("train", "val")
     )
     if setting.quick:
