@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from test_decoding import HistoryModel, same
-from test_folder import run
+from run_commands import run_caption
+from step_models import HistoryModel, same
 
 from captioner.config import SearchConfig
 from captioner.data.predictions import read_results
@@ -17,12 +17,12 @@ from captioner.errors import CheckpointError, UsageError
 from captioner.inference.captioner import Captioner
 from captioner.models.captioning_model import CaptionModel, save_checkpoint
 from captioner.models.encoder import Encoder
-from captioner.search.decoding import Hypothesis, average, decode
+from captioner.search import Hypothesis, decode, ensemble_step
 
 
 def together(models: list[HistoryModel], settings: SearchConfig) -> list[list[Hypothesis]]:
     states, memories = [model.state for model in models], [model.memory for model in models]
-    step = average([model.step for model in models], states, memories)
+    step = ensemble_step([model.step for model in models], states, memories)
     return decode(step, sum(states, ()), sum(memories, ()), settings)
 
 
@@ -45,12 +45,12 @@ def test_the_mean_of_probabilities_equals_all_captions_scored_by_hand(count):
     models = [HistoryModel(7, images=2, seed=seed, eos=-seed) for seed in range(count)]
     every = [list(c) for n in range(4) for c in itertools.product([4, 5, 6], repeat=n)]
     settings = SearchConfig(len(every), 3, 0.0, n_best=len(every))
-    for image, found in enumerate(together(models, settings)):
+    for image, captions in enumerate(together(models, settings)):
         alone = [model.only(image) for model in models]
         expected = [Hypothesis(c, mean_log_probability(alone, c), True) for c in every]
         expected.sort(key=lambda caption: -caption.log_probability)
-        assert len(found) == len(expected)
-        assert all(map(same, found, expected))
+        assert len(captions) == len(expected)
+        assert all(map(same, captions, expected))
 
 
 @pytest.mark.parametrize("settings", [{}, {"groups": 2}, {"samples": 4}], ids=str)
@@ -59,10 +59,10 @@ def test_a_model_with_itself_is_that_model(settings):
     search = SearchConfig(4, 9, n_best=4, **settings)
     twice = together([model, model], search)
     assert len({len(best[0].token_ids) for best in twice}) > 2  # images leave at different steps
-    for found, alone in zip(
+    for captions, alone in zip(
         twice, decode(model.step, model.state, model.memory, search), strict=True
     ):
-        assert all(map(same, found, alone))
+        assert all(map(same, captions, alone))
 
 
 # --- checkpoints ------------------------------------------------------------------------------
@@ -133,9 +133,9 @@ def test_the_command_averages_checkpoints(models, checkpoint, drawn, tmp_path):
         save_checkpoint(models[number], further[-1], {})
     output = tmp_path / "captions.json"
     options = ("--precision", "float32", "--ensemble")
-    assert run(checkpoint, drawn.images, output, *options, checkpoint) == 0
+    assert run_caption(checkpoint, drawn.images, output, *options, checkpoint) == 0
     assert read_results(output) == drawn.captions
-    assert run(checkpoint, drawn.images, output, *options, *further) == 0
+    assert run_caption(checkpoint, drawn.images, output, *options, *further) == 0
     expected = Captioner(models, "cpu", "float32").caption(drawn.paths)
     assert list(read_results(output).values()) == expected != list(drawn.captions.values())
     loaded = Captioner.from_pretrained([checkpoint, *further], "cpu", "float32")
@@ -162,7 +162,7 @@ def test_models_of_other_words_or_preprocessing_are_refused(
     (tmp_path / "fewer").mkdir()
     save_checkpoint(fewer, tmp_path / "fewer", {})
     output = tmp_path / "captions.json"
-    assert run(checkpoint, drawn.images, output, "--ensemble", tmp_path / "fewer") == 1
+    assert run_caption(checkpoint, drawn.images, output, "--ensemble", tmp_path / "fewer") == 1
     assert expected in capsys.readouterr().err
     assert not output.exists()
 
