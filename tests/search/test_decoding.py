@@ -1,110 +1,16 @@
 """Search: exact against brute force, greedy, batching, early stop, and models that misbehave."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from step_models import INF, HistoryModel, beam_search, brute_force, constant, greedy, same
 
-from captioner.config import DecoderConfig, SearchConfig
+from captioner.config import DecoderConfig
 from captioner.data.vocabulary import BOS, EOS, PAD, UNK
 from captioner.errors import SearchError
 from captioner.models.captioning_model import make_decoder
 from captioner.models.inference_decoder import InferenceDecoder
-from captioner.search.decoding import Hypothesis, decode
-
-INF = math.inf
-
-
-def beam_search(step, state, memory, beam_size, max_length, length_penalty=0.0, n_best=1):
-    """Search by beam, told by position."""
-    settings = SearchConfig(beam_size, max_length, length_penalty, min(n_best, beam_size))
-    return decode(step, state, memory, settings)
-
-
-class HistoryModel:
-    """A random model whose probabilities depend on every token so far, and on the image.
-
-    The state is a number that all tokens so far have been folded into; the logits come out of it
-    by sines, so that no two histories are alike.
-
-    Args:
-        vocabulary_size: V.
-        images: B.
-        seed: Another seed, another model.
-        eos: Added to EOS's logit.
-    """
-
-    def __init__(self, vocabulary_size: int, images: int, seed: int, eos: float = 0.0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.phases = 6 * torch.rand(vocabulary_size, generator=generator, dtype=torch.float64)
-        self.memory = (6 * torch.rand(images, generator=generator, dtype=torch.float64),)
-        self.state = (torch.full((images, 1), 0.5, dtype=torch.float64),)
-        self.eos, self.sizes = eos, []
-
-    def step(self, token_ids: Tensor, state: tuple, memory: tuple) -> tuple[Tensor, tuple]:
-        assert token_ids.shape == state[0].shape
-        assert len(memory[0]) == len(token_ids)
-        self.sizes.append(tuple(token_ids.shape))
-        folded = torch.sin(9.7 * state[0] + 1.3 * token_ids + memory[0].unsqueeze(1)) + 1.1
-        logits = 2 * torch.sin(5 * folded.unsqueeze(2) + self.phases)
-        logits[..., EOS] += self.eos
-        return logits, (folded,)
-
-    def search(self, beam_size: int, max_length: int, length_penalty: float = 0.0, n_best: int = 1):
-        self.sizes = []
-        arguments = (beam_size, max_length, length_penalty, n_best)
-        return beam_search(self.step, self.state, self.memory, *arguments)
-
-    def only(self, image: int) -> "HistoryModel":
-        """Return the same model with one image alone."""
-        other = HistoryModel(len(self.phases), 1, 0, self.eos)
-        other.phases = self.phases
-        other.memory = (self.memory[0][image : image + 1],)
-        return other
-
-    def log_probability(self, token_ids: list[int]) -> float:
-        """Return that of a sequence, for the first image; BOS comes before it."""
-        state, total = tuple(part[:1] for part in self.state), 0.0
-        for last, token in itertools.pairwise([BOS, *token_ids]):
-            logits, state = self.step(torch.tensor([[last]]), state, (self.memory[0][:1],))
-            total += logits[0, 0].log_softmax(-1)[token].item()
-        return total
-
-
-def brute_force(model: HistoryModel, max_length: int, length_penalty: float) -> list[Hypothesis]:
-    """Score every caption there is: best first."""
-    words = [t for t in range(len(model.phases)) if t not in (PAD, BOS, EOS, UNK)]
-    found = [
-        Hypothesis(list(caption), model.log_probability([*caption, EOS]), True)
-        for length in range(max_length + 1)
-        for caption in itertools.product(words, repeat=length)
-    ]
-    return sorted(
-        found, key=lambda h: -h.log_probability / (len(h.token_ids) + 1) ** length_penalty
-    )
-
-
-def greedy(model: HistoryModel, max_length: int) -> list[int]:
-    """Take the likeliest token again and again, for one image."""
-    token_ids, last, state = [], BOS, model.state
-    while len(token_ids) < max_length:
-        logits, state = model.step(torch.tensor([[last]]), state, model.memory)
-        logits[..., [PAD, BOS, UNK]] = -INF
-        last = int(logits.argmax())
-        if last == EOS:
-            break
-        token_ids.append(last)
-    return token_ids
-
-
-def same(found: Hypothesis, expected: Hypothesis) -> bool:
-    return (
-        found.token_ids == expected.token_ids
-        and found.ended == expected.ended
-        and found.log_probability == pytest.approx(expected.log_probability, abs=1e-9)
-    )
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
@@ -112,10 +18,10 @@ def same(found: Hypothesis, expected: Hypothesis) -> bool:
 def test_a_wide_beam_equals_brute_force(seed, length_penalty):
     model = HistoryModel(vocabulary_size=7, images=3, seed=seed, eos=-1.5 * (seed % 2))
     every = sum(3**length for length in range(5))  # 3 words, at most 4 of them
-    for image, found in enumerate(model.search(every, 4, length_penalty, n_best=every)):
+    for image, captions in enumerate(model.search(every, 4, length_penalty, n_best=every)):
         expected = brute_force(model.only(image), 4, length_penalty)
-        assert len(found) == len(expected) == every
-        assert all(map(same, found, expected))
+        assert len(captions) == len(expected) == every
+        assert all(map(same, captions, expected))
         (best,) = model.only(image).search(every, 4, length_penalty)[0]
         assert same(best, expected[0])
 
@@ -125,9 +31,9 @@ def test_the_n_best_are_the_first_of_all(n_best):
     model = HistoryModel(vocabulary_size=8, images=6, seed=5)
     every = model.search(400, 4, 0.7, n_best=400)
     some = model.search(400, 4, 0.7, n_best)
-    for found, expected in zip(some, every, strict=True):
-        assert found == expected[:n_best]
-        assert all(hypothesis.ended for hypothesis in found)
+    for captions, expected in zip(some, every, strict=True):
+        assert captions == expected[:n_best]
+        assert all(hypothesis.ended for hypothesis in captions)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -142,8 +48,8 @@ def test_batched_equals_one_by_one(beam_size):
     model = HistoryModel(vocabulary_size=12, images=16, seed=0)
     together = model.search(beam_size, 10, 0.7, n_best=3)
     assert len({len(best[0].token_ids) for best in together}) > 3
-    for image, found in enumerate(together):
-        assert found == model.only(image).search(beam_size, 10, 0.7, n_best=3)[0]
+    for image, captions in enumerate(together):
+        assert captions == model.only(image).search(beam_size, 10, 0.7, n_best=3)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -170,9 +76,9 @@ def test_decoders_batched_equal_one_by_one_and_score_as_teacher_forcing(kind, dt
         alone = [search(features[i : i + 1])[0] for i in range(12)]
     assert len({len(best[0].token_ids) for best in together}) > 2
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
-    for image, (found, single) in enumerate(zip(together, alone, strict=True)):
-        assert [h.token_ids for h in found] == [h.token_ids for h in single]
-        for hypothesis in found:
+    for image, (captions, single) in enumerate(zip(together, alone, strict=True)):
+        assert [h.token_ids for h in captions] == [h.token_ids for h in single]
+        for hypothesis in captions:
             token_ids = torch.tensor([[[BOS, *hypothesis.token_ids, EOS]]])
             output = decoder.teacher_forcing(features[image : image + 1], token_ids)
             expected = output.log_probabilities().sum().item()
@@ -184,14 +90,14 @@ def test_stops_when_no_unfinished_hypothesis_can_win():
     early_steps = full_steps = 0
     for seed in range(6):
         model = HistoryModel(vocabulary_size=10, images=8, seed=seed)
-        found = model.search(5, 12, 0.7)
+        hypotheses = model.search(5, 12, 0.7)
         early, early_images = len(model.sizes), sum(size[0] for size in model.sizes)
         assert [size[0] for size in model.sizes] == sorted(
             (size[0] for size in model.sizes), reverse=True
         )
         # More hypotheses wanted than there are places: goes on until all places have ended.
         full = model.search(5, 12, 0.7, n_best=5)
-        assert [best[0] for best in found] == [best[0] for best in full]
+        assert [best[0] for best in hypotheses] == [best[0] for best in full]
         assert early_images < sum(size[0] for size in model.sizes)
         early_steps, full_steps = early_steps + early, full_steps + len(model.sizes)
     assert early_steps < full_steps
@@ -210,8 +116,10 @@ def test_finished_images_leave_the_batch():
         return logits, (ages + 1,)
 
     seen = []
-    found = beam_search(step, (torch.zeros(4, 1),), (torch.tensor([2.0, 0.0, 3.0, 1.0]),), 2, 9)
-    assert [best[0].token_ids for best in found] == [[4, 4], [], [4, 4, 4], [4]]
+    hypotheses = beam_search(
+        step, (torch.zeros(4, 1),), (torch.tensor([2.0, 0.0, 3.0, 1.0]),), 2, 9
+    )
+    assert [best[0].token_ids for best in hypotheses] == [[4, 4], [], [4, 4, 4], [4]]
     assert seen == [[2, 0, 3, 1], [2, 3, 1], [2, 3], [3]]
 
 
@@ -229,30 +137,21 @@ def test_state_follows_the_hypotheses():
     model = HistoryModel(vocabulary_size=9, images=3, seed=3, eos=-9.0)
     histories = []
     state = (torch.empty((3, 1, 0), dtype=torch.long), *model.state)
-    found = beam_search(step, state, model.memory, 4, 5, n_best=4)
+    hypotheses = beam_search(step, state, model.memory, 4, 5, n_best=4)
     last = histories[-1].tolist()
     for image in range(3):
-        captions = {tuple(hypothesis.token_ids) for hypothesis in found[image]}
+        captions = {tuple(hypothesis.token_ids) for hypothesis in hypotheses[image]}
         assert captions == {tuple(history[1:]) for history in last[image]}
-
-
-def constant(logits: list[float], images: int = 2):
-    """Return a step function that always says the same, and a state for it."""
-
-    def step(token_ids, state, memory):
-        return torch.tensor(logits).expand(*token_ids.shape, len(logits)), state
-
-    return step, (torch.zeros(images, 1),)
 
 
 @pytest.mark.parametrize("beam_size", [1, 3, 50])
 def test_a_model_that_never_ends_gives_captions_all_the_same(beam_size):
     step, state = constant([0.0, 0.0, -INF, 0.0, 2.0, 1.0])
-    for found in beam_search(step, state, (), beam_size, 5, 0.7, n_best=2):
-        assert found[0].token_ids == [4] * 5
-        assert not found[0].ended
+    for captions in beam_search(step, state, (), beam_size, 5, 0.7, n_best=2):
+        assert captions[0].token_ids == [4] * 5
+        assert not captions[0].ended
         chosen = torch.tensor([0.0, 0, -INF, 0, 2, 1]).log_softmax(0)[4]
-        assert found[0].log_probability == pytest.approx(5 * chosen.item(), rel=1e-5)
+        assert captions[0].log_probability == pytest.approx(5 * chosen.item(), rel=1e-5)
 
 
 def test_hypotheses_that_end_come_before_those_that_cannot():
@@ -261,8 +160,8 @@ def test_hypotheses_that_end_come_before_those_that_cannot():
         logits[..., EOS] = torch.where(token_ids == 5, 0.0, -INF)
         return logits, state
 
-    (found,) = beam_search(step, (torch.zeros(1, 1),), (), 9, 2, n_best=9)
-    assert [(h.token_ids, h.ended) for h in found] == [
+    (hypotheses,) = beam_search(step, (torch.zeros(1, 1),), (), 9, 2, n_best=9)
+    assert [(h.token_ids, h.ended) for h in hypotheses] == [
         ([5], True),
         ([4, 5], True),
         ([5, 5], True),
@@ -274,10 +173,10 @@ def test_hypotheses_that_end_come_before_those_that_cannot():
 @pytest.mark.parametrize("beam_size", [1, 4])
 def test_a_model_that_ends_at_once_gives_empty_captions(beam_size):
     step, state = constant([0.0, 0.0, 50.0, 0.0, 1.0, 1.0])
-    for found in beam_search(step, state, (), beam_size, 5):
-        assert found[0].token_ids == []
-        assert found[0].ended
-        assert found[0].log_probability == pytest.approx(0.0, abs=1e-6)
+    for captions in beam_search(step, state, (), beam_size, 5):
+        assert captions[0].token_ids == []
+        assert captions[0].ended
+        assert captions[0].log_probability == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("beam_size", [1, 2, 100])
@@ -293,9 +192,9 @@ def test_max_length_of_one(beam_size):
 
 def test_beam_wider_than_the_vocabulary():
     model = HistoryModel(vocabulary_size=6, images=2, seed=4)
-    for image, found in enumerate(model.search(1000, 3, n_best=1000)):
+    for image, captions in enumerate(model.search(1000, 3, n_best=1000)):
         expected = brute_force(model.only(image), 3, 0.0)
-        assert [h.token_ids for h in found] == [h.token_ids for h in expected]
+        assert [h.token_ids for h in captions] == [h.token_ids for h in expected]
 
 
 @pytest.mark.parametrize("forbidden", [PAD, BOS, UNK])
@@ -303,8 +202,8 @@ def test_never_writes_unk_bos_or_pad(forbidden):
     logits = [0.0] * 7
     logits[forbidden] = 20.0
     step, state = constant(logits)
-    for found in beam_search(step, state, (), 5, 4, n_best=5):
-        for hypothesis in found:
+    for captions in beam_search(step, state, (), 5, 4, n_best=5):
+        for hypothesis in captions:
             assert not {PAD, BOS, EOS, UNK} & set(hypothesis.token_ids)
             # What can't be written keeps its probability: scores are the model's own.
             tokens = len(hypothesis.token_ids) + 1
@@ -314,12 +213,12 @@ def test_never_writes_unk_bos_or_pad(forbidden):
 
 def test_equal_logits_give_the_same_captions_every_time_and_in_every_batch():
     step, state = constant([0.0] * 9, images=5)
-    found = beam_search(step, state, (), 4, 6, 0.7, n_best=4)
-    assert all(one == found[0] for one in found)
+    hypotheses = beam_search(step, state, (), 4, 6, 0.7, n_best=4)
+    assert all(one == hypotheses[0] for one in hypotheses)
     again = beam_search(step, state, (), 4, 6, 0.7, n_best=4)
-    assert again == found
+    assert again == hypotheses
     alone = beam_search(step, (torch.zeros(1, 1),), (), 4, 6, 0.7, n_best=4)
-    assert alone[0] == found[0]
+    assert alone[0] == hypotheses[0]
 
 
 @pytest.mark.parametrize("beam_size", [1, 3, 40])

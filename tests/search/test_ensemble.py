@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from run_commands import run_caption
-from test_decoding import HistoryModel, same
+from step_models import HistoryModel, same
 
 from captioner.config import SearchConfig
 from captioner.data.predictions import read_results
@@ -47,12 +47,12 @@ def test_the_mean_of_probabilities_equals_all_captions_scored_by_hand(count):
     models = [HistoryModel(7, images=2, seed=seed, eos=-seed) for seed in range(count)]
     every = [list(c) for n in range(4) for c in itertools.product([4, 5, 6], repeat=n)]
     settings = SearchConfig(len(every), 3, 0.0, n_best=len(every))
-    for image, found in enumerate(together(models, settings)):
+    for image, captions in enumerate(together(models, settings)):
         alone = [model.only(image) for model in models]
         expected = [Hypothesis(c, mean_log_probability(alone, c), True) for c in every]
         expected.sort(key=lambda caption: -caption.log_probability)
-        assert len(found) == len(expected)
-        assert all(map(same, found, expected))
+        assert len(captions) == len(expected)
+        assert all(map(same, captions, expected))
 
 
 @pytest.mark.parametrize("settings", [{}, {"groups": 2}, {"samples": 4}], ids=str)
@@ -61,10 +61,10 @@ def test_a_model_with_itself_is_that_model(settings):
     search = SearchConfig(4, 9, n_best=4, **settings)
     twice = together([model, model], search)
     assert len({len(best[0].token_ids) for best in twice}) > 2  # images leave at different steps
-    for found, alone in zip(
+    for captions, alone in zip(
         twice, decode(model.step, model.state, model.memory, search), strict=True
     ):
-        assert all(map(same, found, alone))
+        assert all(map(same, captions, alone))
 
 
 # --- checkpoints ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Sampling: drawn as often as the model says, the same by seed and image, within the rules."""
+"""Sampling: drawn as often as the model says, the same by seed and image, within constraints."""
 
 import itertools
 import math
@@ -6,8 +6,18 @@ from collections import Counter
 
 import pytest
 import torch
-from test_constraints import NOTHING, assert_scored_by, find, meets, some_rules
-from test_decoding import INF, HistoryModel, constant, greedy
+from step_models import (
+    INF,
+    NOTHING,
+    HistoryModel,
+    assert_scored_by,
+    constant,
+    greedy,
+    meets,
+    random_constraints,
+    score,
+    search,
+)
 
 from captioner.config import SearchConfig
 from captioner.data.vocabulary import BOS, EOS, PAD, UNK
@@ -20,9 +30,9 @@ SETTINGS = [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 3}, {"top_
 SETTINGS += [{"top_p": 0.93}, {"temperature": 1.7, "top_k": 6, "top_p": 0.8}]
 
 
-def sample(model, samples, max_length, rules=None, keys=None, **settings):
+def sample(model, samples, max_length, constraints=None, image_keys=None, **settings):
     settings = {"samples": samples, "n_best": samples, **settings}
-    return find(model, 5, max_length, rules, keys=keys, **settings)
+    return search(model, 5, max_length, constraints, image_keys=image_keys, **settings)
 
 
 def shares(temperature=1.0, top_k=0, top_p=1.0) -> dict[int, float]:
@@ -41,9 +51,8 @@ def shares(temperature=1.0, top_k=0, top_p=1.0) -> dict[int, float]:
 
 
 def chi_square(counts, expected) -> float:
-    return sum(
-        (found - should) ** 2 / should for found, should in zip(counts, expected, strict=True)
-    )
+    pairs = zip(counts, expected, strict=True)
+    return sum((count - share) ** 2 / share for count, share in pairs)
 
 
 def allowed(freedom: int) -> float:
@@ -55,14 +64,14 @@ def allowed(freedom: int) -> float:
 @pytest.mark.parametrize(("images", "samples"), [(1, 12000), (12000, 1), (300, 40)])
 def test_first_words_come_as_often_as_the_model_says(images, samples, settings):
     step, state = constant(LOGITS, images)
-    search = SearchConfig(max_length=1, samples=samples, n_best=samples, seed=3, **settings)
-    found = [caption for best in decode(step, state, (), search) for caption in best]
-    counts = Counter(caption.token_ids[0] if caption.token_ids else EOS for caption in found)
+    config = SearchConfig(max_length=1, samples=samples, n_best=samples, seed=3, **settings)
+    hypotheses = [caption for best in decode(step, state, (), config) for caption in best]
+    counts = Counter(caption.token_ids[0] if caption.token_ids else EOS for caption in hypotheses)
     expected = shares(**settings)
     assert counts.keys() <= expected.keys()
 
     def misfit(share):
-        numbers = [share.get(token, 1e-9) * len(found) for token in expected]
+        numbers = [share.get(token, 1e-9) * len(hypotheses) for token in expected]
         return chi_square([counts[token] for token in expected], numbers)
 
     assert misfit(expected) < allowed(len(expected) - 1)
@@ -75,42 +84,46 @@ def test_first_words_come_as_often_as_the_model_says(images, samples, settings):
 )
 def test_the_likeliest_word_alone_is_greedy_search(settings):
     model = HistoryModel(vocabulary_size=11, images=6, seed=1, eos=-0.5)
-    for image, found in enumerate(sample(model, 3, 9, **settings)):
-        assert [caption.token_ids for caption in found] == [greedy(model.only(image), 9)] * 3
+    for image, captions in enumerate(sample(model, 3, 9, **settings)):
+        assert [caption.token_ids for caption in captions] == [greedy(model.only(image), 9)] * 3
 
 
 def test_log_probabilities_are_the_models_own_and_in_order():
     model = HistoryModel(vocabulary_size=9, images=4, seed=0)
     settings = {"temperature": 1.8, "top_k": 4, "top_p": 0.9, "length_penalty": 0.7}
-    for image, found in enumerate(sample(model, 8, 7, **settings)):
-        assert len({tuple(caption.token_ids) for caption in found}) > 3
-        for caption in found:
+    for image, captions in enumerate(sample(model, 8, 7, **settings)):
+        assert len({tuple(caption.token_ids) for caption in captions}) > 3
+        for caption in captions:
             assert_scored_by(model.only(image), caption)
-        ranks = [c.log_probability / (len(c.token_ids) + 1) ** 0.7 for c in found]
-        assert ranks == sorted(ranks, reverse=True)
-        few = sample(model.only(image), 8, 7, keys=torch.tensor([image]), **settings, n_best=2)
-        assert few == [found[:2]]
+        scores = [score(caption, 0.7) for caption in captions]
+        assert scores == sorted(scores, reverse=True)
+        few = sample(
+            model.only(image), 8, 7, image_keys=torch.tensor([image]), **settings, n_best=2
+        )
+        assert few == [captions[:2]]
 
 
 def test_the_same_seed_draws_the_same():
     model = HistoryModel(vocabulary_size=12, images=6, seed=0)
     first = sample(model, 4, 8, seed=5)
     assert sample(model, 4, 8, seed=5) == first
-    assert all(found != other for found, other in zip(sample(model, 4, 8), first, strict=True))
+    other_seed = sample(model, 4, 8)
+    assert all(one != other for one, other in zip(first, other_seed, strict=True))
 
 
 def test_samples_of_an_image_depend_on_its_key_alone():
     """Not on the images beside it, and not on where it stands among them."""
     model = HistoryModel(vocabulary_size=12, images=12, seed=0)
     keys = torch.randint(0, 2**32, (12,), generator=torch.Generator().manual_seed(0))
-    together = sample(model, 4, 10, keys=keys)
+    together = sample(model, 4, 10, image_keys=keys)
     assert len({len(best[0].token_ids) for best in together}) > 3
-    for image, found in enumerate(together):
-        assert sample(model.only(image), 4, 10, keys=keys[image : image + 1]) == [found]
-        assert sample(model.only(image), 4, 10, keys=keys[image : image + 1] + 1) != [found]
+    for image, captions in enumerate(together):
+        key = keys[image : image + 1]
+        assert sample(model.only(image), 4, 10, image_keys=key) == [captions]
+        assert sample(model.only(image), 4, 10, image_keys=key + 1) != [captions]
     model.memory = (model.memory[0].flip(0),)
-    assert sample(model, 4, 10, keys=keys.flip(0)) == together[::-1]
-    assert sample(model, 4, 10) == sample(model, 4, 10, keys=torch.arange(12))
+    assert sample(model, 4, 10, image_keys=keys.flip(0)) == together[::-1]
+    assert sample(model, 4, 10) == sample(model, 4, 10, image_keys=torch.arange(12))
 
 
 def test_samples_that_have_ended_stay_as_they_are():
@@ -126,15 +139,17 @@ def test_samples_that_have_ended_stay_as_they_are():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_samples_keep_to_the_rules(seed):
-    model, rules = HistoryModel(10, images=8, seed=seed), some_rules(seed + 30, 6, forced=False)
+def test_samples_keep_to_the_constraints(seed):
+    model = HistoryModel(10, images=8, seed=seed)
+    constraints = random_constraints(seed + 30, 6, forced=False)
     settings = {"temperature": 1.5, "top_p": 0.95}
-    together = sample(model, 4, 8, rules, **settings)
-    assert sum(found != NOTHING for found in together) > 5
-    for image, found in enumerate(together):
-        assert sample(model.only(image), 4, 8, rules, torch.tensor([image]), **settings) == [found]
-        for caption in found if found != NOTHING else ():
-            assert meets(caption.token_ids, **rules)
+    together = sample(model, 4, 8, constraints, **settings)
+    assert sum(hypotheses != NOTHING for hypotheses in together) > 5
+    for image, captions in enumerate(together):
+        key = torch.tensor([image])
+        assert sample(model.only(image), 4, 8, constraints, key, **settings) == [captions]
+        for caption in captions if captions != NOTHING else ():
+            assert meets(caption.token_ids, **constraints)
             assert_scored_by(model.only(image), caption)
 
 
@@ -149,14 +164,14 @@ def test_nan_is_never_drawn(bad_step):
         return logits, state
 
     with pytest.raises(SearchError, match=r"NaN .* for 1 of 4 images"):
-        find(model, 5, 4, step=step, samples=3)
+        search(model, 5, 4, step=step, samples=3)
 
 
 def test_what_has_no_probability_is_never_drawn():
     step, state = constant([0.0, 0.0, -INF, 0.0, 1.0, -INF, 0.5], images=50)
-    search = SearchConfig(max_length=6, samples=4, n_best=4, temperature=3.0)
-    for found in decode(step, state, (), search):
-        for caption in found:
+    config = SearchConfig(max_length=6, samples=4, n_best=4, temperature=3.0)
+    for captions in decode(step, state, (), config):
+        for caption in captions:
             assert set(caption.token_ids) <= {4, 6}
             assert (len(caption.token_ids), caption.ended) == (6, False)
 
