@@ -262,7 +262,7 @@ def listed(readme: str, folder: str) -> list[str]:
     """Return the entries below a folder in the README's map of the files."""
     block = re.search(rf"^{folder}/ .*\n((?:  .*\n)+)", readme, re.MULTILINE)
     assert block, f"the README has no map of {folder}/"
-    return [line.split()[0] for line in block[1].splitlines()]
+    return [line.split()[0] for line in block[1].splitlines() if not line.startswith("   ")]
 
 
 def test_the_readme_maps_every_file(readme):

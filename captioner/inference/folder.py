@@ -131,18 +131,36 @@ def caption_files(
                 failed[images[index].name] = message
                 log_line(f"warning: {message}")
             bar.update(len(batch.failures))
-            done = 0
-            while done < len(batch.indices):
-                chunk = slice(done, done + at_once)
-                chunk_images = [images[index] for index in batch.indices[chunk]]
-                results = _try_captions(captioner, batch.pixels[chunk], chunk_images, search)
-                if results is None:  # all that the failed try held is free again here
-                    at_once = _smaller(len(chunk_images), captioner.device)
-                    continue
-                captions |= zip((image.image_id for image in chunk_images), results, strict=True)
-                done += len(chunk_images)
-                bar.update(len(chunk_images))
+            readable = [images[index] for index in batch.indices]
+            results, at_once = _caption_batch(captioner, batch.pixels, readable, search, at_once)
+            captions |= results
+            bar.update(len(readable))
     return captions, failed
+
+
+def _caption_batch(
+    captioner: Captioner,
+    pixels: torch.Tensor,
+    images: Sequence[ImageFile],
+    search: SearchConfig,
+    at_once: int,
+) -> tuple[dict[ImageId, list[Caption]], int]:
+    """Caption the images of a batch, ``at_once`` at a time, or as many as fit into memory.
+
+    Returns:
+        The captions by image id, and how many images fitted at a time.
+    """
+    captions: dict[ImageId, list[Caption]] = {}
+    done = 0
+    while done < len(images):
+        chunk = slice(done, done + at_once)
+        results = _try_captions(captioner, pixels[chunk], images[chunk], search)
+        if results is None:  # all that the failed try held is free again here
+            at_once = _smaller(len(images[chunk]), captioner.device)
+            continue
+        captions |= zip((image.image_id for image in images[chunk]), results, strict=True)
+        done += len(results)
+    return captions, at_once
 
 
 def _try_captions(
