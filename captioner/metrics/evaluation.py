@@ -62,18 +62,12 @@ def read_evaluation(
         results[name] = _read_matching(path, references, annotations)
         differences += _differences(results[name], references, str(path))
     if differences and not allow_missing:
-        raise DataError(
-            f"{'; '.join(differences)}; --allow-missing scores the images that both have"
-        )
-    common = [
-        key
-        for key, captions in references.items()
-        if captions and all(key in captioned for captioned in results.values())
-    ]
+        reasons = "; ".join(differences)
+        raise DataError(f"{reasons}; --allow-missing scores the images that both have")
+    common = [key for key in references if _is_scored(key, references, results)]
     if not common:
-        raise DataError(
-            f"{', '.join(map(str, hypotheses_paths))} and {references_path}: no image in common"
-        )
+        files = ", ".join(map(str, hypotheses_paths))
+        raise DataError(f"{files} and {references_path}: no image in common")
     notes = [*annotations.notes, *differences]
     if differences:
         notes.append(f"scored: only the {len(common)} images that all files have")
@@ -85,6 +79,15 @@ def read_evaluation(
         {image.image_id: image.file_name for image in annotations.images if image.file_name},
         notes,
     )
+
+
+def _is_scored(
+    key: ImageId,
+    references: Mapping[ImageId, Sequence[str]],
+    results: Mapping[str, Mapping[ImageId, str]],
+) -> bool:
+    """Tell whether an image has a reference, and a caption in each file."""
+    return bool(references[key]) and all(key in captions for captions in results.values())
 
 
 def _empty_captions(
