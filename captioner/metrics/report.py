@@ -114,32 +114,25 @@ def write_report(
     """
     metric, best, worst = _choose_images(scores)
     keys = list(evaluation.references)
-    plot = base64.b64encode(_image(_spread(scores), "png")).decode()
 
     def cards(places: list[int]) -> str:
+        names = [evaluation.file_names.get(keys[place]) for place in places]
+        pictures = [_picture(Path(path), name, images, embed) for name in names]
         return "\n".join(
-            _card(
-                keys[place],
-                place,
-                evaluation,
-                scores,
-                metric,
-                _picture(Path(path), evaluation.file_names.get(keys[place]), images, embed),
-            )
-            for place in places
+            _card(keys[place], place, evaluation, scores, metric, picture)
+            for place, picture in zip(places, pictures, strict=True)
         )
 
+    page = _PAGE.format(
+        table=_table(summary),
+        signature=html.escape(str(summary["signature"])),
+        plot=base64.b64encode(_image(_spread(scores), "png")).decode(),
+        metric=html.escape(metric),
+        best=cards(best),
+        worst=cards(worst),
+    )
     with atomic_write(path) as file:
-        file.write(
-            _PAGE.format(
-                table=_table(summary),
-                signature=html.escape(str(summary["signature"])),
-                plot=plot,
-                metric=html.escape(metric),
-                best=cards(best),
-                worst=cards(worst),
-            )
-        )
+        file.write(page)
 
 
 def _choose_images(scores: Mapping[str, Scores]) -> tuple[str, list[int], list[int]]:

@@ -134,8 +134,7 @@ def step_layers(
 class CellStack(nn.Module):
     """Recurrent layers on top of each other, for single steps.
 
-    The first layer's input weights are those of the caller, who makes them by
-    ``input_projections``: so that each part of the input is multiplied where it is known.
+    The caller has the first layer's input weights, made by ``input_projections``.
 
     Args:
         cell: One of ``CELLS``.
