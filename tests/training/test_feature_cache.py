@@ -40,6 +40,31 @@ def paths(tmp_path):
     return draw_images(tmp_path / "images", COUNT)
 
 
+@pytest.fixture(scope="module")
+def shared_paths(tmp_path_factory):
+    """Images that no test changes."""
+    return sorted(draw_images(tmp_path_factory.mktemp("shared") / "images", COUNT))
+
+
+@pytest.fixture(scope="module")
+def shared_features(encoder, shared_paths):
+    """The features of these images, straight from the encoder."""
+    return fresh(encoder, shared_paths)
+
+
+@pytest.fixture(scope="module")
+def full_cache(encoder, shared_paths, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full") / "cache"
+    get(encoder, shared_paths, folder)
+    return folder
+
+
+@pytest.fixture
+def cache(full_cache, tmp_path):
+    """A cache with the features of all shared images, to be damaged."""
+    return shutil.copytree(full_cache, tmp_path / "cache")
+
+
 def draw_images(folder, count):
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -87,14 +112,15 @@ def contents(store):
 # --- what comes out -------------------------------------------------------------------------
 
 
-def test_cached_features_are_those_of_the_encoder(encoder, paths, tmp_path):
-    features = get(encoder, paths, tmp_path / "cache")
+def test_cached_features_are_those_of_the_encoder(
+    encoder, shared_paths, shared_features, full_cache
+):
+    features = get(encoder, shared_paths, full_cache)
     assert features.rows.tolist() == list(range(COUNT))
     assert features.store.shape == (COUNT, *encoder.grid_shape)
     assert isinstance(features.store, np.memmap)
-    expected = fresh(encoder, paths)
-    assert_close(features.take(range(COUNT)), expected)
-    assert_close(features.take([40, 3, 3]), expected[[40, 3, 3]])
+    assert_close(features.take(range(COUNT)), shared_features)
+    assert_close(features.take([40, 3, 3]), shared_features[[40, 3, 3]])
 
 
 def test_pooled_features_are_the_mean_of_the_grid(encoder, paths, tmp_path):
@@ -213,7 +239,7 @@ def test_whatever_changes_the_features_has_a_store_of_its_own(encoder, paths, tm
     "edit",
     [
         lambda text: text.replace('"squeezenet1_1"', '"resnet18"'),
-        lambda text: text.replace('"format": 2', '"format": 1'),
+        lambda text: text.replace('"format": 3', '"format": 2'),
         lambda text: text[: len(text) // 2],
         lambda text: "",
         lambda text: "[]",
@@ -246,15 +272,6 @@ def cut(name, keep):
     return damage
 
 
-def replace_line(number, new):
-    def damage(store):
-        lines = (store / "index.jsonl").read_bytes().splitlines(keepends=True)
-        lines[number] = new
-        (store / "index.jsonl").write_bytes(b"".join(lines))
-
-    return damage
-
-
 def append(name, more):
     def damage(store):
         with open(store / name, "ab") as file:
@@ -276,99 +293,138 @@ def append(name, more):
         (append("index.jsonl", b'["half a li'), COUNT),
         (append("index.jsonl", b'["/no/row.png", 3, 4]\n'), COUNT),
         (append("index.jsonl", b"\0" * 100), COUNT),
-        (replace_line(30, b"nonsense\n"), 30),
-        (replace_line(30, b"3\n"), 30),
-        (replace_line(30, b"null\n"), 30),
-        (replace_line(30, b"[1, 2]\n"), 30),
-        (replace_line(30, b"\xff\xfe\n"), 30),
     ],
 )
-def test_what_is_whole_of_a_damaged_store_is_kept(encoder, paths, tmp_path, damage, whole):
-    get(encoder, paths, tmp_path / "cache")
-    store = only_store(tmp_path / "cache")
+def test_what_is_whole_of_a_damaged_store_is_kept(
+    encoder, shared_paths, shared_features, cache, damage, whole
+):
+    store = only_store(cache)
     right = contents(store)
     damage(store)
-    # Opened for half of the images, it keeps what is whole, and encodes the rest when asked.
-    get(encoder, paths[:1], tmp_path / "cache")
+    # Opened for one of the images, it keeps what is whole, and encodes the rest when asked.
+    get(encoder, shared_paths[:1], cache)
     assert rows_on_disk(store) == max(whole, 1)
-    features = get(encoder, paths, tmp_path / "cache")
+    features = get(encoder, shared_paths, cache)
     # The same rows in the same order: rows are whole and their lines say what they are.
     assert contents(store)["index.jsonl"] == right["index.jsonl"]
     as_floats = [np.frombuffer(c["features.f16"], np.float16) for c in (right, contents(store))]
     np.testing.assert_allclose(*as_floats, rtol=1e-2, atol=1e-3)
-    assert_close(features.take(range(COUNT)), fresh(encoder, paths))
+    assert_close(features.take(range(COUNT)), shared_features)
+
+
+@pytest.mark.parametrize(
+    ("edit", "lost"),
+    [
+        *[
+            (lambda _, bad=bad: bad, [30])
+            for bad in (b"nonsense\n", b"3\n", b"null\n", b"[1, 2]\n")
+        ],
+        (lambda line: line.replace(b"30", b"\xff\xfe"), [30]),
+        (lambda line: line[:-1], [30, 31]),  # runs into the next one
+        (lambda _: b"", [30]),
+        (lambda line: line.replace(b", ", b",\n", 1), [30]),
+    ],
+)
+def test_a_bad_line_of_the_index_loses_its_own_row_alone(
+    encoder, shared_paths, shared_features, cache, capsys, edit, lost
+):
+    store = only_store(cache)
+    lines = (store / "index.jsonl").read_bytes().splitlines(keepends=True)
+    edited = edit(lines[30])
+    (store / "index.jsonl").write_bytes(b"".join([*lines[:30], edited, *lines[31:]]))
+    features = get(encoder, shared_paths, cache)
+    expected = list(range(COUNT))
+    for row, index in enumerate(lost, COUNT):
+        expected[index] = row
+    assert features.rows.tolist() == expected
+    assert_close(features.take(range(COUNT)), shared_features)
+    messages = capsys.readouterr().err.splitlines()
+    assert len(messages) == bool(edited)  # a line that is gone leaves no trace
+    assert all(f"{store / 'index.jsonl'}: " in message for message in messages)
+
+    mended = contents(store)
+    assert get(encoder, shared_paths, cache).rows.tolist() == expected
+    assert contents(store) == mended
+    assert not capsys.readouterr().err
 
 
 PROCESS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import os, signal, torch
+import json, os, signal, torch
 import test_feature_cache, captioner.training.feature_cache as feature_cache
 torch.set_num_threads(1)
 encoder = test_feature_cache.make_tiny_encoder()
-folder, cache, kill_at = sys.argv[2:5]
-if int(kill_at):
+index_fsyncs = []
+fsync = feature_cache._fsync
+
+def kill_at_second_fsync(file):
     # Killed with its rows written and half of their index lines.
-    written = []
-    to_disk = feature_cache._to_disk
-    def kill(file):
-        if file.name.endswith("index.jsonl"):
-            written.append(file)
-            if len(written) == int(kill_at):
-                file.flush()
-                os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size - 250)
-                os.kill(os.getpid(), signal.SIGKILL)
-        to_disk(file)
-    feature_cache._to_disk = kill
-    feature_cache.SECONDS_BETWEEN_SYNCS = 0.0
+    if file.name.endswith("index.jsonl"):
+        index_fsyncs.append(file)
+        if len(index_fsyncs) == 2:
+            file.flush()
+            os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size - 250)
+            os.kill(os.getpid(), signal.SIGKILL)
+    fsync(file)
+
 print("ready", flush=True)
-sys.stdin.readline()
-paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
-features = test_feature_cache.get(encoder, paths, cache)
-print(features.rows.tolist())
+for line in sys.stdin:
+    folder, cache, killed = json.loads(line)
+    if killed:
+        feature_cache._fsync = kill_at_second_fsync
+        feature_cache.SECONDS_BETWEEN_SYNCS = 0.0
+    paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
+    features = test_feature_cache.get(encoder, paths, cache)
+    print(features.rows.tolist(), flush=True)
 """
 
 
-def start(paths, cache, kill_at=0):
-    command = [sys.executable, "-c", PROCESS, Path(__file__).parent, paths[0].parent, cache]
+@pytest.fixture(scope="module")
+def other_process():
+    """A process that fills caches on order: importing takes long, so tests share it."""
+    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen([*map(str, command), str(kill_at)], text=True, **pipes)
+    process = subprocess.Popen(command, text=True, **pipes)
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    yield process
+    process.kill()
+    process.communicate()
 
 
+def order(process, paths, cache, killed=False):
+    process.stdin.write(json.dumps([str(paths[0].parent), str(cache), killed]) + "\n")
+    process.stdin.flush()
+
+
+def test_two_processes_at_once_encode_each_image_once(
+    encoder, other_process, shared_paths, shared_features, tmp_path
+):
+    order(other_process, shared_paths, tmp_path / "cache")
+    features = get(encoder, shared_paths, tmp_path / "cache")
+    assert json.loads(other_process.stdout.readline()) == features.rows.tolist()
+    assert rows_on_disk(only_store(tmp_path / "cache")) == COUNT
+    assert_close(features.take(range(COUNT)), shared_features)
+
+
+# The last test with the other process.
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL is POSIX's")
-def test_a_killed_process_is_continued(encoder, paths, tmp_path):
-    killed = start(paths, tmp_path / "cache", kill_at=2)
-    killed.communicate("go\n", timeout=60)
-    assert killed.returncode == -signal.SIGKILL
+def test_a_killed_process_is_continued(
+    encoder, other_process, shared_paths, shared_features, tmp_path
+):
+    order(other_process, shared_paths, tmp_path / "cache", killed=True)
+    assert other_process.wait(timeout=60) == -signal.SIGKILL
     store = only_store(tmp_path / "cache")
     assert rows_on_disk(store) == 64
     assert 32 < len((store / "index.jsonl").read_bytes().splitlines()) < 64
 
     before = (store / "features.f16").read_bytes()
-    paths = sorted(paths)
-    features = get(encoder, paths, tmp_path / "cache")  # its lock died with it
+    features = get(encoder, shared_paths, tmp_path / "cache")  # its lock died with it
     assert rows_on_disk(store) == COUNT
     row = len(before) // 64
     assert (store / "features.f16").read_bytes()[: 32 * row] == before[: 32 * row]
-    uninterrupted = get(encoder, paths, tmp_path / "other")
-    assert features.rows.tolist() == uninterrupted.rows.tolist()
-    found, expected = (f.take(range(COUNT)).float() for f in (features, uninterrupted))
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
-    assert_close(features.take(range(COUNT)), fresh(encoder, paths))
-
-
-def test_two_processes_at_once_encode_each_image_once(encoder, paths, tmp_path):
-    paths = sorted(paths)
-    other = start(paths, tmp_path / "cache")
-    assert other.stdout.readline() == "ready\n"
-    other.stdin.write("go\n")
-    other.stdin.flush()
-    features = get(encoder, paths, tmp_path / "cache")
-    said, errors = other.communicate(timeout=60)
-    assert other.returncode == 0, errors
-    assert json.loads(said) == features.rows.tolist()
-    assert rows_on_disk(only_store(tmp_path / "cache")) == COUNT
-    assert_close(features.take(range(COUNT)), fresh(encoder, paths))
+    assert features.rows.tolist() == list(range(COUNT))
+    assert_close(features.take(range(COUNT)), shared_features)
 
 
 # --- disks and images that fail -------------------------------------------------------------
