@@ -1,14 +1,117 @@
-"""Files that appear whole or not at all: written aside, then renamed."""
+"""Files: read with errors that name them, locked, and written so that they appear whole or not."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from captioner.errors import CaptionerError, DataError
+from captioner.progress import log_line
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading bytes.
+
+    Raises:
+        OSError: It is missing or forbidden; or it is a folder, pipe, device or socket, whose
+            reading might never end.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for somebody who writes into it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _O_BINARY)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "a pipe, device or socket, not a regular file", str(path))
+
+
+_O_BINARY = getattr(os, "O_BINARY", 0)  # Windows
+
+
+def read_text(
+    path: str | Path, error: type[CaptionerError] = DataError, regular: bool = False
+) -> str:
+    """Return a UTF-8 file's text, its line ends untouched.
+
+    Args:
+        path: The file.
+        error: What to raise.
+        regular: Refuse pipes and devices. A user may name one as an argument, ``<(command)`` say,
+            but no checkpoint holds one.
+
+    Raises:
+        CaptionerError: It can't be read; the message names the file and the reason.
+    """
+    try:
+        with open_regular(path) if regular else open(path, "rb") as file:
+            return file.read().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise error(f"{path}: this is a folder, a file was expected") from None
+    except UnicodeDecodeError as problem:
+        raise error(f"{path}: not UTF-8 text (byte {problem.start})") from None
+    except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{path}: can't be read ({reason})") from None
+
+
+def read_json(
+    path: str | Path, error: type[CaptionerError] = DataError, regular: bool = False
+) -> Any:
+    """Read a JSON file; the arguments are those of ``read_text``.
+
+    Raises:
+        CaptionerError: It can't be read or isn't JSON; the message names line and column.
+    """
+    return parse_json(read_text(path, error, regular), str(path), error)
+
+
+def parse_json(text: str, place: str, error: type[CaptionerError] = DataError) -> Any:
+    """Parse JSON that was found at ``place``, which the message of an error begins with."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise error(
+            f"{place}: not valid JSON at line {problem.lineno}, column {problem.colno} "
+            f"({problem.msg}); is the file complete?"
+        ) from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{place}: not usable JSON ({problem})") from None
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, busy: CaptionerError | str) -> Iterator[None]:
+    """Hold a lock file; the system releases it when a process dies.
+
+    Args:
+        path: The lock file; it stays behind, empty.
+        busy: What to do while another process holds it: an error is raised; a text is printed,
+            and the lock waited for.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if isinstance(busy, CaptionerError):
+            raise busy from None
+        log_line(busy)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

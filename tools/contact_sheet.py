@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from captioner.cli import HelpFormatter, command
 from captioner.data.annotations import read_annotations
 from captioner.data.images import load_image
-from captioner.data.predictions import read_results
+from captioner.data.predictions import read_predictions
 from captioner.errors import DataError
 from captioner.files import atomic_write
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--columns", type=int, default=4, help="images in a row")
     parser.add_argument("--size", type=int, default=180, help="side of an image, in pixels")
     args = parser.parse_args(argv)
-    results = list(read_results(args.captions).items())[: args.count]
+    results = list(read_predictions(args.captions).items())[: args.count]
     if not results:
         raise DataError(f"{args.captions}: no captions to show")
     listed = read_annotations(args.annotations).images if args.annotations else []

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from captioner.cli import HelpFormatter, command
-from captioner.data.annotations import read_text
 from captioner.data.tokenizer import tokenize
-from captioner.files import atomic_write
+from captioner.files import atomic_write, read_json, read_text
 from captioner.metrics.official import java_tokenize
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "golden_tokens.jsonl"
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = read_text(options.golden).splitlines() if options.golden.exists() else []
     captions = [json.loads(line)[0] for line in lines]
     if options.add:
-        captions += json.loads(read_text(options.add))
+        captions += read_json(options.add)
     captions = list(dict.fromkeys(captions))
     tokens = java_tokenize(captions)
     with atomic_write(options.golden) as file:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from captioner.cli import HelpFormatter, command
 from captioner.config import SearchConfig
 from captioner.data.annotations import ImageId
-from captioner.data.predictions import results_format, write_results
+from captioner.data.predictions import predictions_format, write_predictions
 from captioner.errors import UsageError, name_some
 from captioner.experiment_file import attribute_docs
 from captioner.progress import log_line
@@ -104,7 +104,7 @@ def _check_writable(path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Caption a folder; write the captions and say what went wrong."""
     args = _parser().parse_args(argv)
-    results_format(args.output)  # before hours of work, not after
+    predictions_format(args.output)  # before hours of work, not after
     if args.split and not args.annotations:
         raise UsageError("--split chooses among the images of --annotations, which is missing")
     if args.batch_size < 0:
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     captioner = Captioner.from_pretrained(checkpoints, args.device, args.precision)
     settings = {name: getattr(args, name) for name in attribute_docs(SearchConfig)}
     search = captioner.search(**settings)
-    if search.n_best > 1 and results_format(args.output) != ".jsonl":
+    if search.n_best > 1 and predictions_format(args.output) != ".jsonl":
         raise UsageError(
             f"--output {args.output}: {search.n_best} captions of an image (search.n_best) need a "
             "name that ends in .jsonl"
@@ -136,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for image in images
         if image.image_id in captions
     ]
-    if results_format(args.output) == ".json":  # exactly the COCO results format
+    if predictions_format(args.output) == ".json":  # exactly the COCO results format
         rows = [{"image_id": row["image_id"], "caption": row["caption"]} for row in rows]
-    write_results(args.output, rows)
+    write_predictions(args.output, rows)
     print(f"{len(rows)} captions in {args.output}")
     _warn_of_empty(captions)
     if failed:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from captioner.cli import HelpFormatter, command
-from captioner.data.predictions import read_results
+from captioner.data.predictions import read_predictions
 from captioner.data.shape_captions import Verdict, captions_of, check_captions, shares
 from captioner.data.shapes import Record
 from captioner.data.shapes_dataset import read_records
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.at_least is not None and not 0 <= options.at_least <= 1:
         raise UsageError(f"--at-least must be a share from 0 to 1, found {options.at_least}")
     records = read_records(options.scenes)
-    captions = read_results(options.hypotheses)
+    captions = read_predictions(options.hypotheses)
     verdicts, captions_by_id = check_captions(records, captions)
     if len(captions) < len(records):
         missing = len(records) - len(captions)

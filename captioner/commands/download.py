@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
-
 from captioner.cli import HelpFormatter, command
 from captioner.data.coco import (
     COCO_ARCHIVES,
@@ -18,6 +16,7 @@ from captioner.data.coco import (
     place_karpathy_images,
 )
 from captioner.errors import DataError, UsageError
+from captioner.files import locked
 from captioner.progress import log_line
 
 DESCRIPTION = """\
@@ -63,13 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     archives = _archives(options)
     directory = options.directory
     (directory / "downloads").mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(directory / "downloads" / ".lock", timeout=0):
-            changed = [obtain(each, directory, options.keep_archives) for each in archives]
-            if (directory / "annotations" / "dataset_coco.json").exists():
-                place_karpathy_images(directory, None if options.any_content else KARPATHY_IMAGES)
-    except Timeout:
-        raise DataError(f"{directory}: another download into it is at work") from None
+    busy = DataError(f"{directory}: another download into it is at work; wait for it")
+    with locked(directory / "downloads" / ".lock", busy):
+        changed = [obtain(archive, directory, options.keep_archives) for archive in archives]
+        if (directory / "annotations" / "dataset_coco.json").exists():
+            place_karpathy_images(directory, None if options.any_content else KARPATHY_IMAGES)
     if not any(changed):
         log_line(f"nothing to do: everything asked for is already in {directory}")
     print(_summary(directory))

@@ -12,17 +12,16 @@ hypotheses are result files as caption_folder.py writes them (.json, .jsonl or .
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from captioner.cli import HelpFormatter, command
-from captioner.data.annotations import read_annotations, read_text
+from captioner.data.annotations import read_annotations
 from captioner.data.tokenizer import tokenize
 from captioner.errors import DataError, UsageError
-from captioner.files import write_json
+from captioner.files import parse_json, read_text, write_json
 from captioner.metrics.diversity import describe, self_bleu
 from captioner.metrics.evaluation import Evaluation, read_evaluation, signature, write_per_image
 from captioner.metrics.scores import DocumentFrequencies, Scores, metric_names, score
@@ -153,9 +152,9 @@ def _read_n_best(path: Path) -> list[list[list[str]]]:
         if not line.strip():
             continue
         try:
-            captions = json.loads(line)["captions"]
+            captions = parse_json(line, f"{path}: line {number}")["captions"]
             candidates.append([tokenize(caption) for caption in captions])
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError):
             raise DataError(
                 f"{path}: line {number}: an object with 'captions', a list of texts, was expected"
             ) from None

@@ -6,7 +6,6 @@ This module knows nothing of torch, so that scoring can read references without 
 import contextlib
 import csv
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from pycocotools.coco import COCO
 
 from captioner.errors import DataError, did_you_mean, name_some
+from captioner.files import read_json, read_text
 
 ImageId = int | str
 
@@ -83,37 +83,6 @@ def read_annotations(path: str | Path, split: str | None = None) -> Annotations:
     if split_file:
         _keep_listed(annotations, split_file)
     return annotations
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        DataError: It is missing, not UTF-8 or not JSON; the message names line and column.
-    """
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
-            "is the file complete?"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not usable JSON ({error})") from None
-
-
-def read_text(path: str | Path) -> str:
-    """Return a UTF-8 file's text, or raise a ``DataError`` that says why it can't be read."""
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")  # line ends untouched
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: this is a folder, a file was expected") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror})") from None
 
 
 # --- COCO -----------------------------------------------------------------------------------

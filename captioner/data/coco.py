@@ -11,10 +11,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from captioner.data.annotations import read_json
 from captioner.data.download import BLOCK, check_free_space, download
 from captioner.errors import DataError, name_some
-from captioner.files import atomic_write, write_json
+from captioner.files import atomic_write, read_json, write_json
 from captioner.progress import Progress, log_line
 
 KARPATHY_IMAGES = 123_287

@@ -14,16 +14,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from captioner.data.annotations import IMAGE_COLUMNS, ImageId, read_text
+from captioner.data.annotations import IMAGE_COLUMNS, ImageId
 from captioner.errors import DataError, UsageError, name_some
-from captioner.files import atomic_write
+from captioner.files import atomic_write, parse_json, read_json, read_text
 
 Row = Mapping[str, Any]
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def write_results(path: str | Path, rows: Iterable[Row]) -> None:
+def write_predictions(path: str | Path, rows: Iterable[Row]) -> None:
     """Write captions in the format that the suffix names, whole or not at all.
 
     Args:
@@ -35,7 +35,7 @@ def write_results(path: str | Path, rows: Iterable[Row]) -> None:
         DataError: A row lacks a field or has one of the wrong type, or an id comes twice.
     """
     path = Path(path)
-    kind = results_format(path)
+    kind = predictions_format(path)
     rows = list(rows)
     _check(path, rows, [f"row {number}" for number in range(len(rows))])
     with atomic_write(path) as file:
@@ -47,7 +47,7 @@ def write_results(path: str | Path, rows: Iterable[Row]) -> None:
             file.write("[" + ",\n ".join(_to_json(row) for row in rows) + "]\n")
 
 
-def read_results(path: str | Path) -> dict[ImageId, str]:
+def read_predictions(path: str | Path) -> dict[ImageId, str]:
     """Read a results file into a caption for each image id, in the file's order.
 
     Args:
@@ -60,12 +60,12 @@ def read_results(path: str | Path) -> dict[ImageId, str]:
             place, the count and the first few.
     """
     path = Path(path)
-    rows, places = _READERS[results_format(path)](path)
+    rows, places = _READERS[predictions_format(path)](path)
     _check(path, rows, places)
     return {row["image_id"]: row["caption"] for row in rows}
 
 
-def results_format(path: str | Path) -> str:
+def predictions_format(path: str | Path) -> str:
     """Return the suffix that names a results file's format, or raise a ``UsageError``."""
     suffix = Path(path).suffix.lower()
     if suffix not in _READERS:
@@ -121,7 +121,7 @@ def _to_json(row: Row) -> str:
 
 
 def _read_json(path: Path) -> tuple[list[Any], list[str]]:
-    content = _parse(read_text(path), str(path))
+    content = read_json(path)
     if not isinstance(content, list):
         raise DataError(
             f"{path}: a list of objects with 'image_id' and 'caption' was expected (COCO results "
@@ -133,20 +133,8 @@ def _read_json(path: Path) -> tuple[list[Any], list[str]]:
 def _read_jsonl(path: Path) -> tuple[list[Any], list[str]]:
     lines = read_text(path).split("\n")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    rows = [_parse(line, f"{path}: line {number}") for number, line in numbered]
+    rows = [parse_json(line, f"{path}: line {number}") for number, line in numbered]
     return rows, [f"line {number}" for number, _ in numbered]
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise DataError(
-            f"{place}: not valid JSON at {where} ({error.msg}); is the file complete?"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not usable JSON ({error})") from None
 
 
 # --- CSV ------------------------------------------------------------------------------------

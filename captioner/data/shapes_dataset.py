@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from captioner.data.annotations import read_json
 from captioner.data.shape_captions import captions_of
 from captioner.data.shapes import (
     COLOURS,
@@ -26,7 +25,7 @@ from captioner.data.shapes import (
     draw,
 )
 from captioner.errors import DataError, UsageError, did_you_mean, name_some
-from captioner.files import atomic_directory, write_json
+from captioner.files import atomic_directory, read_json, write_json
 from captioner.progress import Progress
 
 

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from captioner.data.annotations import read_json
 from captioner.errors import DataError
-from captioner.files import write_json
+from captioner.files import read_json, write_json
 
 ORDERS = 4
 SIGMA = 6.0

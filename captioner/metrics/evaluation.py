@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from captioner.data.annotations import Annotations, ImageId, read_annotations
-from captioner.data.predictions import read_results
+from captioner.data.predictions import read_predictions
 from captioner.errors import DataError, UsageError, name_some
 from captioner.files import atomic_write
 from captioner.metrics.official import METEOR_JAR, SPICE_JARS
@@ -115,7 +115,7 @@ def _read_matching(
     path: str | Path, references: Mapping[ImageId, object], annotations: Annotations
 ) -> dict[ImageId, str]:
     """Read results; where a side is CSV, which has no types, ids match by how they are written."""
-    results = read_results(path)
+    results = read_predictions(path)
     if Path(path).suffix.lower() != ".csv" and annotations.path.suffix.lower() == ".json":
         return results
     known: dict[str, ImageId] = {str(key): key for key in references}

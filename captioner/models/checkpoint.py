@@ -8,7 +8,6 @@ Loading one reads tensors and JSON; it never runs code from it.
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from captioner.data.images import Preprocessing
 from captioner.data.vocabulary import Vocabulary
 from captioner.errors import CheckpointError, ConfigError
 from captioner.experiment_file import parse
-from captioner.files import recover_directory, write_json
+from captioner.files import read_json, recover_directory, write_json
 from captioner.models.captioning_model import CaptioningModel
 from captioner.models.encoder import Encoder
 from captioner.version import __version__
@@ -149,12 +148,7 @@ def _read_vocabulary(path: Path) -> Vocabulary:
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is this a checkpoint directory?") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: can't be read ({error})") from None
+    content = read_json(path, CheckpointError, regular=True)
     if not isinstance(content, kind):
         raise CheckpointError(f"{path}: a JSON {kind.__name__} was expected")
     return content

@@ -26,11 +26,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from captioner.data.images import PixelBatch, in_batches, load_pixels
 from captioner.errors import CacheError, ImageError, name_some
-from captioner.files import atomic_write, write_json
+from captioner.files import atomic_write, locked, read_json, write_json
 from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
 from captioner.progress import Progress, log_line
@@ -195,29 +194,17 @@ class _FeatureStore:
         path = self.folder / "meta.json"
         if not path.exists():
             write_json(path, self.meta)
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            meta = None
-        if meta != json.loads(json.dumps(self.meta)):
+        if read_json(path, CacheError) != json.loads(json.dumps(self.meta)):
             raise CacheError(
                 f"{path}: describes other features than this folder is for; delete "
                 f"{self.folder} and its features are computed again"
             )
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Wait until no other process writes here."""
-        lock = FileLock(self.folder / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log_line(f"another process is filling {self.folder}; waiting for it")
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+        return locked(
+            self.folder / "lock", f"another process is filling {self.folder}; waiting for it"
+        )
 
     @contextlib.contextmanager
     def opened_for_append(self) -> Iterator[None]:

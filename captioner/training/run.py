@@ -9,26 +9,22 @@ A run's folder:
     wandb/             what Weights & Biases keeps
 """
 
-import contextlib
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from captioner.config import Config
 from captioner.data.dataset import CaptionDataset, check_no_overlap
 from captioner.data.vocabulary import Vocabulary
 from captioner.device import choose_device, choose_precision
 from captioner.errors import CheckpointError, ConfigError
-from captioner.files import write_json
+from captioner.files import locked, read_json, write_json
 from captioner.models.captioning_model import CaptioningModel, check_decoder_kind
 from captioner.models.checkpoint import load_checkpoint
 from captioner.models.encoder import make_encoder
@@ -57,7 +53,12 @@ def train(config: Config, output_dir: str | Path, resume: bool = False) -> dict[
     """
     output_dir = Path(output_dir)
     check_decoder_kind(config.decoder.kind)
-    with locked(output_dir):
+    output_dir.mkdir(parents=True, exist_ok=True)
+    busy = ConfigError(
+        f"{output_dir}: another process is training in this folder; wait for it, or take another "
+        "--output-dir"
+    )
+    with locked(output_dir / ".lock", busy):
         saved = load_training_state(output_dir, config, resume)
         device = choose_device(config.training.device)
         precision = choose_precision(config.training.precision, device)
@@ -75,28 +76,6 @@ def train(config: Config, output_dir: str | Path, resume: bool = False) -> dict[
         trainer = Trainer(config, output_dir, model, device, precision, circumstances, saved)
         with trainer:
             return trainer.fit(train_set, train_inputs, val_set, val_inputs)
-
-
-@contextlib.contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder.
-
-    Raises:
-        ConfigError: One is in there.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"{output_dir}: another process is training in this folder; wait for it, or take "
-            "another --output-dir"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def load_splits(config: Config) -> tuple[CaptionDataset, CaptionDataset]:
@@ -151,7 +130,7 @@ def save_run_record(
 ) -> None:
     """Save what is needed to reproduce the run; a resumed run keeps a record of each session."""
     path = output_dir / "run.json"
-    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+    sessions = read_json(path, CheckpointError)["sessions"] if path.exists() else []
     sessions.append(
         {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

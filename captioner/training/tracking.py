@@ -6,7 +6,7 @@ import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import wandb
 from PIL import Image
@@ -146,7 +146,7 @@ def _init(
     run_id: str | None,
 ) -> Any:
     return wandb.init(
-        mode=mode,  # type: ignore[arg-type]
+        mode=cast(Any, mode),  # its type differs between versions of wandb
         project=config.project,
         entity=config.entity or None,
         name=config.name or None,

@@ -13,7 +13,7 @@ from captioner.config import Config
 from captioner.data.annotations import ImageId
 from captioner.data.dataset import Batch, CaptionDataset, TrainingBatches, encode_captions
 from captioner.data.images import in_batches, load_thumbnail
-from captioner.data.predictions import write_results
+from captioner.data.predictions import write_predictions
 from captioner.data.vocabulary import PAD
 from captioner.device import autocast
 from captioner.errors import TrainingError, UsageError
@@ -333,7 +333,7 @@ class Trainer:
             save_checkpoint(self.model, aside, scores)
             if captions is not None:
                 rows = [{"image_id": i, "caption": text} for i, text in captions.items()]
-                write_results(aside / "val_predictions.json", rows)
+                write_predictions(aside / "val_predictions.json", rows)
             if name == "last":
                 packed = pack_state(
                     self.state, self.circumstances, self.config, self.optimizer, self.device

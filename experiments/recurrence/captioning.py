@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from captioner.data.predictions import read_results
+from captioner.data.predictions import read_predictions
 from captioner.files import atomic_write
 from captioner.metrics.report import new_figure
 from captioner.metrics.scores import Scores, score
@@ -90,7 +90,7 @@ def _train(setting: Setting, cell: str, seed: int, folder: Path) -> None:
 
 def _score(setting: Setting, folder: Path) -> Scores:
     _, val, _ = load_captions(setting)
-    hypotheses = read_results(folder / "best" / "val_predictions.json")
+    hypotheses = read_predictions(folder / "best" / "val_predictions.json")
     return score(hypotheses, val.dataset.references, METRICS)
 
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import inspect
-import json
 import math
 import platform
 import statistics
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner.config import WandbConfig
-from captioner.files import atomic_write, write_json
+from captioner.files import atomic_write, read_json, write_json
 from captioner.metrics.report import save_figure
 from captioner.models.recurrent import RecurrentStack
 from captioner.progress import log_line
@@ -295,7 +294,7 @@ def write_page(studies: Mapping[str, Study], setting: Setting) -> None:
         path = setting.output / "results" / f"{name}.json"
         if not path.exists():
             continue
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         records = content["records"]
         save_figure(path.with_suffix(".png"), study.draw(records))
         title, _, asked = inspect.cleandoc(study.measure.__doc__ or name).partition("\n")

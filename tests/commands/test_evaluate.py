@@ -7,7 +7,7 @@ import wandb_files
 from PIL import Image
 
 from captioner.commands.evaluate import main
-from captioner.data.predictions import write_results
+from captioner.data.predictions import write_predictions
 from captioner.errors import UsageError
 from captioner.metrics.evaluation import read_evaluation, signature
 from captioner.metrics.report import write_plot
@@ -39,7 +39,7 @@ def coco(path, references=REFERENCES, file_names=True):
 
 
 def results(path, captions=GOOD):
-    write_results(path, [{"image_id": key, "caption": text} for key, text in captions.items()])
+    write_predictions(path, [{"image_id": key, "caption": text} for key, text in captions.items()])
     return path
 
 

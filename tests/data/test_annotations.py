@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from captioner.data.annotations import read_annotations, read_json
+from captioner.data.annotations import read_annotations
 from captioner.errors import DataError
+from captioner.files import read_json
 
 FLICKR8K = Path(__file__).parents[2] / ".." / "shared" / "data" / "flickr8k"
 

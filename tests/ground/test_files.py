@@ -9,7 +9,18 @@ import threading
 
 import pytest
 
-from captioner.files import atomic_directory, atomic_write, recover_directory, write_json
+from captioner.errors import CacheError, ConfigError, DataError
+from captioner.files import (
+    atomic_directory,
+    atomic_write,
+    locked,
+    open_regular,
+    parse_json,
+    read_json,
+    read_text,
+    recover_directory,
+    write_json,
+)
 
 
 def test_text_and_bytes_are_written_as_given(tmp_path):
@@ -172,3 +183,71 @@ def test_recovering_a_directory_that_is_there_changes_nothing(tmp_path):
     (tmp_path / ".last.previous").mkdir()
     recover_directory(path)
     assert os.listdir(path) == ["a"]
+
+
+# --- reading and locking ------------------------------------------------------------------------
+
+
+def test_only_a_regular_file_is_opened(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\n")
+    with open_regular(tmp_path / "a.txt") as file:
+        assert file.read() == b"\xef\xbb\xbfa\r\n"
+    (tmp_path / "link").symlink_to("a.txt")
+    with open_regular(tmp_path / "link") as file:
+        assert file.read(3) == b"\xef\xbb\xbf"
+    os.mkfifo(tmp_path / "pipe.jpg")  # nobody writes into it: opening it would never return
+    for path in (tmp_path / "pipe.jpg", "/dev/zero"):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_regular(path)
+    with pytest.raises(IsADirectoryError):
+        open_regular(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "none")
+
+
+def test_text_is_read_or_refused_in_one_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\n")
+    assert read_text(tmp_path / "a.txt") == "a\r\n"
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in {
+        "none": "no such file",
+        ".": "this is a folder, a file was expected",
+        "latin.txt": "not UTF-8 text (byte 3)",
+        "pipe": "can't be read (a pipe, device or socket, not a regular file)",
+        "nul\0": "can't be read (embedded null byte)",
+    }.items():
+        with pytest.raises(CacheError) as refused:
+            read_text(tmp_path / name, CacheError, regular=True)
+        assert str(refused.value) == f"{tmp_path / name}: {reason}"
+
+
+def test_json_is_read_or_refused_in_one_line(tmp_path):
+    write_json(tmp_path / "a.json", {"é": [1]})
+    assert read_json(tmp_path / "a.json") == {"é": [1]}
+    with pytest.raises(DataError, match=r"x: not valid JSON at line 2, column 1 .* complete"):
+        parse_json("[\n", "x")
+    with pytest.raises(DataError, match="x: not usable JSON"):
+        parse_json("[" * 100_000, "x")
+
+
+LOCKER = """
+import sys, time
+from captioner.files import locked
+with locked(sys.argv[1], "busy"):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_keeps_other_processes_out_until_its_own_dies(tmp_path, capfd):
+    path = tmp_path / "lock"
+    command = [sys.executable, "-c", LOCKER, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match="in use"), locked(path, ConfigError("in use")):
+            pass
+        threading.Timer(0.3, other.kill).start()
+        with locked(path, "waiting for the other"):
+            pass
+    assert capfd.readouterr().err == "waiting for the other\n"

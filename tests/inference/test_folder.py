@@ -16,7 +16,7 @@ from conftest import draw
 from run_commands import run_caption
 
 from captioner.commands import evaluate
-from captioner.data.predictions import read_results
+from captioner.data.predictions import read_predictions
 from captioner.inference.folder import caption_files, find_images
 
 ODD_NAMES = {
@@ -55,7 +55,7 @@ def odd_folder(tmp_path):
 def test_each_format_holds_every_name_and_caption(checkpoint, odd_folder, tmp_path, suffix, capsys):
     output = tmp_path / "new folder" / f"captions{suffix}"
     assert run_caption(checkpoint, odd_folder, output) == 0
-    found = read_results(output)
+    found = read_predictions(output)
     assert found == {name: WORDS[drawing] for name, drawing in ODD_NAMES.items()}
     said = capsys.readouterr()
     assert said.out == f"6 captions in {output}\n"
@@ -85,7 +85,7 @@ def test_unreadable_files_are_named_and_the_rest_is_there(checkpoint, drawn, tmp
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "gone.png").symlink_to("nothing.png")
     assert run_caption(checkpoint, folder, output, "--batch-size", 2, "--workers", 1) == 3
-    assert read_results(output) == drawn.captions
+    assert read_predictions(output) == drawn.captions
     errors = capsys.readouterr().err
     for name in ("cut.png", "empty.jpg", "text.jpeg", "loop.png", "gone.png"):
         assert errors.count(f"warning: {folder / name}: ") == 1
@@ -97,7 +97,7 @@ def test_a_folder_of_bad_images_alone(checkpoint, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"\xff\xd8\xff")
     assert run_caption(checkpoint, tmp_path / "bad", tmp_path / "captions.csv") == 3
-    assert read_results(tmp_path / "captions.csv") == {}
+    assert read_predictions(tmp_path / "captions.csv") == {}
 
 
 @pytest.mark.parametrize("case", ["no folder", "a file", "empty", "no image"])
@@ -146,14 +146,14 @@ def test_annotations_choose_the_images_and_their_ids(checkpoint, drawn, tmp_path
     output = tmp_path / "captions.json"
     assert run_caption(checkpoint, drawn.images, output, "--annotations", some) == 0
     expected = {i["id"]: drawn.captions[i["file_name"]] for i in content["images"]}
-    assert list(read_results(output).items()) == list(expected.items())
+    assert list(read_predictions(output).items()) == list(expected.items())
 
     for entry in (*content["images"], *content["annotations"]):
         key = "image_id" if "image_id" in entry else "id"
         entry[key] = f"img-{entry[key]:04}"
     some.write_text(json.dumps(content))
     assert run_caption(checkpoint, drawn.images, output, "--annotations", some) == 0
-    assert list(read_results(output)) == [f"img-{number:04}" for number in expected]
+    assert list(read_predictions(output)) == [f"img-{number:04}" for number in expected]
 
 
 def test_results_are_evaluated_as_they_are(checkpoint, drawn, tmp_path, capsys):
@@ -176,7 +176,7 @@ def test_listed_but_missing_images_are_named(checkpoint, drawn, tmp_path, capsys
     listed, output = tmp_path / "listed.json", tmp_path / "captions.json"
     listed.write_text(json.dumps(content))
     assert run_caption(checkpoint, drawn.images, output, "--annotations", listed) == 3
-    assert len(read_results(output)) == 8
+    assert len(read_predictions(output)) == 8
     error = capsys.readouterr().err
     assert f"{drawn.images / 'not here.jpg'}: no such file" in error
     assert "1 of 9 images could not be read: not here.jpg" in error
@@ -191,7 +191,7 @@ def test_a_split_of_csv_annotations(checkpoint, drawn, tmp_path, capsys):
     listed.write_text("\n".join(["image,caption,split", *rows]))
     options = ["--annotations", listed, "--split"]
     assert run_caption(checkpoint, drawn.images, output, *options, "test") == 0
-    assert read_results(output) == {n: t for n, t in drawn.captions.items() if "disc" in n}
+    assert read_predictions(output) == {n: t for n, t in drawn.captions.items() if "disc" in n}
     assert run_caption(checkpoint, drawn.images, output, *options, "tset") == 1
     assert "did you mean 'test'" in capsys.readouterr().err
 
@@ -257,7 +257,7 @@ def test_impossible_settings_are_one_line(checkpoint, drawn, tmp_path, capsys, o
 def test_search_options_reach_the_search(checkpoint, drawn, tmp_path):
     output = tmp_path / "captions.json"
     assert run_caption(checkpoint, drawn.images, output, "--max-length", 2, "--beam-size", 1) == 0
-    assert set(read_results(output).values()) == {"a red", "a bright", "a blue", "a yellow"}
+    assert set(read_predictions(output).values()) == {"a red", "a bright", "a blue", "a yellow"}
 
 
 def test_the_output_appears_whole_or_not_at_all(checkpoint, drawn, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from run_commands import run_caption
 from step_models import HistoryModel, same
 
 from captioner.config import SearchConfig
-from captioner.data.predictions import read_results
+from captioner.data.predictions import read_predictions
 from captioner.data.vocabulary import BOS, EOS, Vocabulary
 from captioner.errors import CheckpointError, UsageError
 from captioner.inference.captioner import Captioner
@@ -140,10 +140,10 @@ def test_the_command_averages_checkpoints(models, checkpoint, drawn, tmp_path):
     output = tmp_path / "captions.json"
     options = ("--precision", "float32", "--ensemble")
     assert run_caption(checkpoint, drawn.images, output, *options, checkpoint) == 0
-    assert read_results(output) == drawn.captions
+    assert read_predictions(output) == drawn.captions
     assert run_caption(checkpoint, drawn.images, output, *options, *further) == 0
     expected = Captioner(models, "cpu", "float32").caption(drawn.paths)
-    assert list(read_results(output).values()) == expected != list(drawn.captions.values())
+    assert list(read_predictions(output).values()) == expected != list(drawn.captions.values())
     loaded = Captioner.from_pretrained([checkpoint, *further], "cpu", "float32")
     assert loaded.caption(drawn.paths) == expected
 

@@ -6,12 +6,12 @@ import pytest
 from run_commands import run_caption
 from step_models import contains
 
-from captioner.data.predictions import read_results
+from captioner.data.predictions import read_predictions
 
 
 def captions_of(checkpoint, drawn, output, *options):
     assert run_caption(checkpoint, drawn.images, output, "--precision", "float32", *options) == 0
-    return read_results(output)
+    return read_predictions(output)
 
 
 def test_the_command_keeps_to_constraints(checkpoint, drawn, tmp_path):

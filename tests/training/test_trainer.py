@@ -23,7 +23,7 @@ from captioner.commands.train import main as train_main
 from captioner.config import TrainingConfig
 from captioner.data.annotations import read_annotations
 from captioner.data.dataset import pad
-from captioner.data.predictions import read_results
+from captioner.data.predictions import read_predictions
 from captioner.errors import CheckpointError, ConfigError, DataError, TrainingError
 from captioner.experiment_file import load_config
 from captioner.metrics.scores import METRICS, compute_metrics
@@ -139,7 +139,7 @@ def test_a_run_learns_and_leaves_everything_behind(experiment, tmp_path, capsys)
         assert re.fullmatch("[0-9a-f]{40}", session["git"]["commit"])
     split = json.loads((out / "split.json").read_text())
     assert (len(split["train"]), len(split["val"])) == (24, 8)
-    predictions = read_results(out / "best" / "val_predictions.json")
+    predictions = read_predictions(out / "best" / "val_predictions.json")
     assert list(predictions) == split["val"]
 
     log = read_log(out)
@@ -201,7 +201,7 @@ def test_the_best_checkpoint_is_that_of_the_metric_asked_for(experiment, tmp_pat
     assert scores.keys() == {*METRICS} - {"CIDEr", "METEOR", "SPICE"}
     kept = json.loads((tmp_path / "run/best/config.json").read_text())["scores"]
     assert kept["epoch"] == best["epoch"]
-    predictions = read_results(tmp_path / "run/best/val_predictions.json")
+    predictions = read_predictions(tmp_path / "run/best/val_predictions.json")
     references = {
         image.image_id: image.captions for image in read_annotations(tmp_path / "val.json").images
     }
