@@ -244,7 +244,8 @@ def test_a_lock_keeps_other_processes_out_until_its_own_dies(tmp_path, capfd):
     path = tmp_path / "lock"
     command = [sys.executable, "-c", LOCKER, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout and other.stdout.readline() == "locked\n"
+        assert other.stdout
+        assert other.stdout.readline() == "locked\n"
         with pytest.raises(ConfigError, match="in use"), locked(path, ConfigError("in use")):
             pass
         threading.Timer(0.3, other.kill).start()
