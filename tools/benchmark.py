@@ -1,7 +1,6 @@
 """Measure how fast each part runs, beside the limit it can't pass, in one run."""
 
 import argparse
-import operator
 import os
 import shutil
 import statistics
@@ -13,48 +12,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from benchmark_search import (
+    against_published,
+    batches_alike,
+    decoder_alone,
+    products_alone,
+    seconds_of,
+)
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from captioner.cli import HelpFormatter, command
-from captioner.config import DecoderConfig, SearchConfig
+from captioner.config import DecoderConfig
 from captioner.data.dataset import CaptionDataset, TrainingBatches, encode_captions
 from captioner.data.images import in_batches, load_pixels
-from captioner.data.vocabulary import BOS, EOS, PAD, UNK
+from captioner.data.vocabulary import PAD
 from captioner.device import autocast
 from captioner.files import write_json
 from captioner.inference.captioner import Captioner
 from captioner.inference.folder import ImageFile, caption_files
-from captioner.models.captioning_model import generate, make_decoder
-from captioner.models.decoder import Decoder
-from captioner.models.inference_decoder import InferenceDecoder
+from captioner.models.captioning_model import make_decoder
 from captioner.models.inference_encoder import InferenceEncoder
 from captioner.progress import log_line
 from captioner.training.feature_cache import cached_features
 from captioner.training.losses import caption_loss
 
 ROUNDS = 9  # of all parts of captioning
-TIMES = 3  # the shortest is taken: other work on the machine only adds to it
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _seconds(run: Callable[[], object], device: torch.device, times: int = 1) -> float:
-    """Return how long something takes: the shortest of so many times."""
-    found = []
-    for _ in range(times):
-        _synchronise(device)
-        started = time.perf_counter()
-        run()
-        _synchronise(device)
-        found.append(time.perf_counter() - started)
-    return min(found)
 
 
 def cnn_alone(captioner: Captioner, paths: Sequence[Path]) -> float:
@@ -73,7 +57,7 @@ def cnn_alone(captioner: Captioner, paths: Sequence[Path]) -> float:
 
     cnn = InferenceEncoder(encoder, captioner.precision)
     cnn(batches[0])
-    return len(paths) / _seconds(run, captioner.device)
+    return len(paths) / seconds_of(run, captioner.device)
 
 
 def caching(captioner: Captioner, paths: Sequence[Path]) -> float:
@@ -85,7 +69,7 @@ def caching(captioner: Captioner, paths: Sequence[Path]) -> float:
                 captioner.model.encoder, paths, folder, captioner.device, captioner.precision
             )
 
-        return len(paths) / _seconds(run, captioner.device)
+        return len(paths) / seconds_of(run, captioner.device)
 
 
 class BareLSTM(nn.Module):
@@ -147,76 +131,12 @@ def training(
         for batch in batches[1:]:
             step(batch.token_ids)
 
-    seconds = _seconds(run, device)
+    seconds = seconds_of(run, device)
     tokens = sum(int((batch.token_ids[..., 1:] != PAD).sum()) for batch in batches[1:])
     return tokens / seconds
 
 
-# --- decoding -------------------------------------------------------------------------------------
-
-
-class _Products(TorchDispatchMode):
-    """Records the matrix products of one call of a step function.
-
-    Attributes:
-        found: (operation, what it was given).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[Any, list[Any]]] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function.overloadpacket.__name__ in ("linear", "_linear_pointwise", "bmm"):
-            self.found.append((function, list(args)))
-        return function(*args, **(kwargs or {}))
-
-
-def products_alone(
-    captioner: Captioner, features: Sequence[Tensor], search: SearchConfig
-) -> Callable[[], object]:
-    """Return what does decoding's matrix products by themselves.
-
-    They are those for the images themselves and for the steps that the search took, for the
-    hypotheses that had not ended.
-    """
-    (decoder,) = captioner.decoders
-    calls: list[tuple[Any, list[Any]]] = []
-
-    class Recorded(type(decoder)):  # type: ignore[misc] # the same decoder, watched
-        def __init__(self) -> None:
-            self.__dict__ = decoder.__dict__
-
-        def init_state(self, features: Tensor) -> Any:
-            with _Products() as products:
-                result = super().init_state(features)
-            calls.extend(products.found)
-            return result
-
-        def step(self, token_ids: Tensor, state: Any, memory: Any) -> Any:
-            live = int((token_ids != PAD).sum())
-            with _Products() as products:
-                result = super().step(token_ids, state, memory)
-            for function, operands in products.found:
-                if function.overloadpacket.__name__ != "bmm":  # that is one for each image
-                    rows = operands[0].flatten(0, -2)
-                    if len(rows) != live:  # those that have ended are among them
-                        operands[0] = rows[: len(rows) * live // token_ids.numel()]
-                calls.append((function, operands))
-            return result
-
-    for batch in features:
-        generate([Recorded()], [batch], search, captioner.model.vocabulary)
-
-    @torch.inference_mode()
-    def run() -> None:
-        for function, operands in calls:
-            function(*operands)
-
-    run()
-    return run
+# --- captioning -----------------------------------------------------------------------------------
 
 
 def parts_of_captioning(
@@ -245,12 +165,12 @@ def parts_of_captioning(
     # In turns, so that a slow minute of the machine meets them all; and the ratio is that of a
     # turn, since the shortest of all turns would favour what is short.
     rounds = [
-        {name: 1000 * _seconds(run, captioner.device) / len(images) for name, run in runs.items()}
+        {name: 1000 * seconds_of(run, captioner.device) / len(images) for name, run in runs.items()}
         for _ in range(ROUNDS)
     ]
     parts = ("CNN alone", "reading images alone", "decoder's matrix products alone")
-    ratios = [each["whole"] / sum(each[part] for part in parts) for each in rounds]
-    rates = {name: statistics.median(each[name] for each in rounds) for name in runs}
+    ratios = [turn["whole"] / sum(turn[part] for part in parts) for turn in rounds]
+    rates = {name: statistics.median(turn[name] for turn in rounds) for name in runs}
     lower, _, upper = statistics.quantiles(ratios)
     return {
         **rates,
@@ -260,129 +180,12 @@ def parts_of_captioning(
     }
 
 
-def decoder_alone(captioner: Captioner, features: Tensor) -> dict[str, float]:
-    """Return captions/s by beam and batch size."""
-    rates = {}
-    for beam_size in (1, 3, 5, 10):
-        search = captioner.search(beam_size=beam_size)
-        for batch_size in (1, 16, 64, 256):
-            batches = features[: 64 if batch_size == 1 else 256].split(batch_size)
-
-            def run(batches: Any = batches, search: SearchConfig = search) -> None:
-                for batch in batches:
-                    captioner.hypotheses([batch], search)
-
-            run()
-            count = sum(map(len, batches))
-            name = f"beam {beam_size}, batch {batch_size}"
-            rates[name] = count / _seconds(run, captioner.device, TIMES)
-    return rates
-
-
-@torch.inference_mode()
-def published_search(decoder: Decoder, features: Tensor, settings: SearchConfig) -> list[int]:
-    """Find one image's caption the way it is commonly published.
-
-    One image at a time, its features copied for each beam and prepared anew at each step,
-    finished beams kept in Python lists, no stop before all have ended.
-    """
-    size = settings.beam_size
-    finished: list[tuple[float, list[int]]] = []
-    features = features.float().expand(size, -1, -1)  # (K, N, D)
-    state, _ = decoder.init_state(features)
-    sequences = torch.full((size, 1), BOS, device=features.device)
-    totals = torch.zeros(size, 1, device=features.device)
-    for length in range(settings.max_length + 1):
-        _, memory = decoder.init_state(features)
-        logits, state = decoder.next_logits(sequences[:, -1:], state, memory)
-        log_probabilities = logits.squeeze(1).log_softmax(1)
-        log_probabilities[:, [PAD, BOS, UNK]] = -torch.inf
-        candidates = totals + log_probabilities
-        penalty = (length + 1) ** settings.length_penalty
-        if length == settings.max_length:  # nothing but the end can follow
-            ends = (candidates[:, EOS] / penalty).tolist()
-            finished += zip(ends, sequences[:, 1:].tolist(), strict=True)
-            break
-        if length == 0:  # all beams are the same yet
-            candidates = candidates[:1]
-        best, places = candidates.flatten().topk(size)
-        origin, tokens = places // candidates.shape[1], places % candidates.shape[1]
-        sequences = torch.cat([sequences[origin], tokens.unsqueeze(1)], 1)
-        ended = (tokens == EOS).tolist()
-        for place in (place for place, has_ended in enumerate(ended) if has_ended):
-            finished.append((best[place].item() / penalty, sequences[place, 1:-1].tolist()))
-        rows = (tokens != EOS).nonzero().squeeze(1)
-        size = len(rows)
-        if not size:
-            break
-        sequences, totals = sequences[rows], best[rows].unsqueeze(1)
-        state = tuple(part[origin[rows]] for part in state)
-        features = features[origin[rows]]
-    return max(finished, key=operator.itemgetter(0))[1]
-
-
-def against_published(captioner: Captioner, features: Tensor) -> dict[str, float]:
-    """Compare captions and captions/s with ``published_search``, both in float32, at beam 5."""
-    decoder = captioner.model.decoder
-    search = captioner.search(beam_size=5)
-    some = features[:64]
-    dtypes = (torch.float32, captioner.precision)
-    steps = {dtype: InferenceDecoder(decoder, dtype) for dtype in dtypes}
-    found: dict[Any, list[list[int]]] = {}
-
-    def published() -> None:
-        found["published"] = [published_search(decoder, x, search) for x in some.split(1)]
-
-    def ours(dtype: torch.dtype) -> None:
-        batches = features.split(128)
-        best = [
-            image[0].token_ids
-            for batch in batches
-            for image in generate([steps[dtype]], [batch], search, captioner.model.vocabulary)
-        ]
-        found[dtype] = best[: len(some)]
-
-    published_search(decoder, some[:1], search)
-    rate = len(some) / _seconds(published, captioner.device, TIMES)
-    rates = {"published, float32, captions/s": rate}
-    for dtype in steps:
-        ours(dtype)
-        own = len(features) / _seconds(partial(ours, dtype), captioner.device, TIMES)
-        name = str(dtype).removeprefix("torch.")
-        rates[f"ours, {name}, captions/s"] = own
-        rates[f"ours, {name}, times as fast"] = own / rate
-        same = sum(map(operator.eq, found["published"], found[dtype])) / len(some)
-        rates[f"ours, {name}, share of captions that are equal"] = same
-    return rates
-
-
-def batches_alike(captioner: Captioner, features: Tensor) -> dict[str, float]:
-    """Count images whose caption depends on the batch they come in, by precision."""
-    search, vocabulary = captioner.search(beam_size=5), captioner.model.vocabulary
-    counts = {}
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        steps = InferenceDecoder(captioner.model.decoder, dtype)
-
-        def found(size: int, steps: InferenceDecoder = steps) -> list[list[int]]:
-            return [
-                image[0].token_ids
-                for batch in features.split(size)
-                for image in generate([steps], [batch], search, vocabulary)
-            ]
-
-        alone = found(1)
-        for size in (7, 64, len(features)):
-            differing = sum(map(operator.ne, alone, found(size)))
-            counts[f"{str(dtype).removeprefix('torch.')}, batches of {size}"] = float(differing)
-    return counts
-
-
 def latency(captioner: Captioner, checkpoint: Path, paths: Sequence[Path]) -> dict[str, float]:
     """Return milliseconds for single images, and seconds from a new process to its caption."""
     times = []
     captioner.caption(paths[0])
     for path in paths[:200]:
-        times.append(1000 * _seconds(partial(captioner.caption, path), captioner.device))
+        times.append(1000 * seconds_of(partial(captioner.caption, path), captioner.device))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copy(paths[0], folder)

@@ -13,14 +13,22 @@ from pathlib import Path
 from captioner.cli import HelpFormatter, command
 from captioner.errors import CaptionerError
 from captioner.progress import log_line
-from experiments.recurrence import memory, sequences
+from experiments.recurrence import memory, sequences, unshuffle
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cost import cost, draw_cost
-from experiments.recurrence.study import HERE, Record, Setting, Study, run, write_page
+from experiments.recurrence.study import (
+    HERE,
+    Record,
+    Setting,
+    Study,
+    draw_models,
+    run,
+    write_page,
+)
 
 
 def _of_models(measure: Callable[[Setting], list[Record]], **labels: str) -> Study:
-    draw = partial(sequences.draw_models, labels)
+    draw = partial(draw_models, labels)
     return Study(measure, draw, ("model",), (*labels, "parameters"))
 
 
@@ -32,7 +40,7 @@ STUDIES: dict[str, Study] = {
     ),
     "many_to_one": _of_models(sequences.many_to_one, accuracy="share of captions"),
     "unshuffle": _of_models(
-        sequences.unshuffle,
+        unshuffle.unshuffle,
         right_place="share of words at their place",
         whole_captions="share of captions in order",
     ),

@@ -38,13 +38,17 @@ def captioning(setting: Setting) -> list[Record]:
         log_line(f"captioning: {cell}, seed {seed}")
         folder = setting.output / "runs" / f"{cell}_{seed}"
         _train(setting, cell, seed, folder)
-        scores[cell, seed] = found = _score(setting, folder)
+        scores[cell, seed] = run_scores = _score(setting, folder)
         record: Record = {"cell": cell, "seed": seed}
         for metric in METRICS:
-            low, high = confidence_interval(found, metric, setting.pick(1000, 50))
-            record |= {metric: found.corpus[metric], f"{metric}_low": low, f"{metric}_high": high}
+            low, high = confidence_interval(run_scores, metric, setting.pick(1000, 50))
+            record |= {
+                metric: run_scores.corpus[metric],
+                f"{metric}_low": low,
+                f"{metric}_high": high,
+            }
         record["p_against_lstm"] = (
-            None if cell == "lstm" else paired_test(scores["lstm", seed], found, "CIDEr-D")
+            None if cell == "lstm" else paired_test(scores["lstm", seed], run_scores, "CIDEr-D")
         )
         records.append(record | _of_log(folder))
     for _, of_cell in groups(records, ("cell",)).items():

@@ -102,7 +102,7 @@ def _kept_for_backward(stack: RecurrentStack, x: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         output = stack(x)
-    own = {p.untyped_storage().data_ptr() for p in stack.parameters()}
-    total = sum(size for pointer, size in kept.items() if pointer not in own)
+    weights = {p.untyped_storage().data_ptr() for p in stack.parameters()}
+    total = sum(size for pointer, size in kept.items() if pointer not in weights)
     output.sum().backward()
     return total

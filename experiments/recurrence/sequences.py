@@ -2,10 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise, product
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,17 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from captioner.data.vocabulary import BOS, EOS, PAD
-from captioner.metrics.report import new_figure
-from captioner.models.recurrent import CELLS, RecurrentStack, states_per_layer
-from captioner.progress import progress_iter
+from captioner.models.recurrent import CELLS, RecurrentStack
 from experiments.recurrence.captions import load_captions, pad_rows, pooled_features
-from experiments.recurrence.study import (
-    LastStep,
-    Record,
-    Setting,
-    draw_bars,
-    fit,
-)
+from experiments.recurrence.study import LastStep, Record, Setting, batch_of, train_models
 
 DOGS = {
     "dog",
@@ -36,46 +27,6 @@ DOGS = {
     "terrier",
     "dalmatian",
 }
-
-
-def train_each(
-    name: str,
-    setting: Setting,
-    models: dict[str, Callable[[], nn.Module]],
-    loss_of: Callable[[nn.Module, np.random.Generator], Tensor],
-    scores_of: Callable[[nn.Module], dict[str, float]],
-    steps: int,
-    rate: float = 2e-3,
-) -> list[Record]:
-    """Train each kind of model with each seed under the same budget, and score it.
-
-    Args:
-        name: Of the study.
-        setting: How studies are run.
-        models: Makes a model, by its name.
-        loss_of: Returns a model's loss on a batch that it draws.
-        scores_of: Returns what is measured of a model that was trained.
-        steps: Of Adam.
-        rate: Its learning rate.
-    """
-    records: list[Record] = []
-    combinations = list(product(models, setting.seeds))
-    for kind, seed in progress_iter(combinations, name, len(combinations), "run"):
-        torch.manual_seed(seed)
-        random = np.random.default_rng(seed)
-        model = models[kind]()
-        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-        fit(model, lambda _, m=model, r=random: loss_of(m, r), steps, optimizer)  # type: ignore[misc]
-        with torch.no_grad():
-            scores = scores_of(model)
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        records.append({"model": kind, "seed": seed, "parameters": weights, **scores})
-    return records
-
-
-def batch_of(rows: int, random: np.random.Generator, size: int) -> np.ndarray:
-    """Draw which examples are in a batch."""
-    return random.integers(rows, size=size)
 
 
 # --- one to one -----------------------------------------------------------------------------------
@@ -122,28 +73,19 @@ def one_to_one(setting: Setting) -> list[Record]:
     always = _binary_scores(torch.full_like(y_val, float(y.mean() > 0.5)) > 0, y_val > 0)
     records: list[Record] = [{"model": "the commoner answer", "seed": 0, "parameters": 0, **always}]
     steps = setting.pick(200, 5)
-    return records + train_each("one_to_one", setting, models, loss_of, scores_of, steps, 1e-3)
+    return records + train_models("one_to_one", setting, models, loss_of, scores_of, steps, 1e-3)
 
 
 def _has_dog(captions: Sequence[str]) -> float:
     return float(sum(bool(DOGS & set(text.lower().split())) for text in captions) >= 2)
 
 
-def _binary_scores(said: Tensor, true: Tensor) -> dict[str, float]:
-    hits = float((said & true).sum())
+def _binary_scores(predicted: Tensor, true: Tensor) -> dict[str, float]:
+    hits = float((predicted & true).sum())
     return {
-        "accuracy": float((said == true).float().mean()),
-        "f1": 2 * hits / max(1.0, float(said.sum() + true.sum())),
+        "accuracy": float((predicted == true).float().mean()),
+        "f1": 2 * hits / max(1.0, float(predicted.sum() + true.sum())),
     }
-
-
-def draw_models(labels: Mapping[str, str], records: Sequence[Record]) -> Any:
-    """Draw a bar for each model, a frame for each of the fields that are labelled."""
-    figure = new_figure(len(labels), 1, 4.2, 3.2)
-    for place, (name, label) in enumerate(labels.items()):
-        axes = figure.add_subplot(1, len(labels), place + 1)
-        draw_bars(axes, records, "model", name, label)
-    return figure
 
 
 # --- many to one ----------------------------------------------------------------------------------
@@ -164,8 +106,8 @@ class _Reader(nn.Module):
 
     def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         words = self.embedding(token_ids)
-        said = self.read(words, lengths) if self.cell else self.read(words.sum(1))
-        return said.squeeze(1)
+        answer = self.read(words, lengths) if self.cell else self.read(words.sum(1))
+        return answer.squeeze(1)
 
 
 def many_to_one(setting: Setting) -> list[Record]:
@@ -196,7 +138,7 @@ def many_to_one(setting: Setting) -> list[Record]:
         true, false = (model(*pad_rows(rows)) > 0 for rows in (held_out, shuffled))
         return {"accuracy": float(torch.cat([true, ~false]).float().mean())}
 
-    return train_each("many_to_one", setting, models, loss_of, scores_of, setting.pick(500, 5))
+    return train_models("many_to_one", setting, models, loss_of, scores_of, setting.pick(500, 5))
 
 
 def _shuffle(caption: Sequence[int], random: np.random.Generator) -> list[int]:
@@ -207,159 +149,11 @@ def _shuffle(caption: Sequence[int], random: np.random.Generator) -> list[int]:
             return shuffled
 
 
-# --- many to many, in and out of step -------------------------------------------------------------
-
-
-class _Unshuffler(nn.Module):
-    """Reads words in any order, then names them in the right one (Sutskever et al. 2014).
-
-    At each step it chooses among the words that are left: the score of a word is the product of
-    its key with the decoder's h. The encoder is a recurrence, or a bag of words ("bag"); the
-    decoder a recurrence, or ("") a feed-forward layer that knows the bag and the position alone.
-    """
-
-    def __init__(self, encoder: str, decoder: str, vocabulary_size: int, width: int = 96) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary_size, width, padding_idx=PAD)
-        self.key = nn.Linear(width, width)
-        stack = partial(
-            RecurrentStack,
-            input_size=width,
-            hidden_size=width,
-            return_sequences=True,
-            return_state=True,
-        )
-        self.encoder = None if encoder == "bag" else stack(encoder)
-        self.decoder = stack(decoder) if decoder else None
-        self.bag = nn.Linear(width, width)
-        self.position = nn.Embedding(32, width)
-        self.states = states_per_layer(decoder) if decoder else 0
-
-    def start(self, words: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        """Read the words, (rows, n, D); return what the decoder begins with, (1, rows, D) each."""
-        if self.encoder:
-            return self.encoder(words, None, lengths)[1]
-        h = torch.tanh(self.bag(words.sum(1) / lengths.sqrt().unsqueeze(1))).unsqueeze(0)
-        return (h, torch.zeros_like(h))[: max(1, self.states)]
-
-    def scores(
-        self, said: Tensor, begin: int, state: tuple[Tensor, ...], keys: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return a score of each word for each step after ``said`` (rows, T): (rows, T, n)."""
-        if self.decoder:
-            h, state = self.decoder(self.embedding(said), state)
-        else:
-            places = torch.arange(begin, begin + said.shape[1])
-            h = torch.tanh(state[0].transpose(0, 1) + self.position(places))
-        return h @ keys.transpose(1, 2), state
-
-    def loss(self, token_ids: Tensor, lengths: Tensor, order: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the true next words among those that are left.
-
-        Args:
-            token_ids: The shuffled captions, (rows, n).
-            lengths: (rows,).
-            order: Where the words stand in true order, (rows, n).
-        """
-        words = self.embedding(token_ids)
-        true = token_ids.gather(1, order)
-        said = torch.cat([torch.full_like(true[:, :1], BOS), true[:, :-1]], 1)
-        scores, _ = self.scores(said, 0, self.start(words, lengths), self.key(words))
-        taken = nn.functional.one_hot(order, order.shape[1]).cumsum(1)
-        gone = torch.cat([torch.zeros_like(taken[:, :1]), taken[:, :-1]], 1).bool()
-        gone |= (token_ids == PAD).unsqueeze(1)
-        scores = scores.masked_fill(gone, -1e9)
-        # The same word may be there twice: either will do.
-        right = token_ids.unsqueeze(1) == true.unsqueeze(2)
-        log_probability = scores.masked_fill(~right, -1e9).logsumexp(2) - scores.logsumexp(2)
-        real = true != PAD
-        return -log_probability[real].mean()
-
-    def order(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Return the words in the order in which it names them, greedily: (rows, n), then PAD."""
-        words = self.embedding(token_ids)
-        state, keys = self.start(words, lengths), self.key(words)
-        gone = token_ids == PAD
-        last = torch.full_like(token_ids[:, :1], BOS)
-        named = []
-        for step in range(token_ids.shape[1]):
-            scores, state = self.scores(last, step, state, keys)
-            best = scores[:, 0].masked_fill(gone, -torch.inf).argmax(1, keepdim=True)
-            last = token_ids.gather(1, best)
-            gone = gone.scatter(1, best, True)
-            named.append(last)
-        beyond = torch.arange(len(named)) >= lengths.unsqueeze(1)
-        return torch.cat(named, 1).masked_fill(beyond, PAD)
-
-
-def unshuffle(setting: Setting) -> list[Record]:
-    """Many to many: shuffled caption to caption in order.
-
-    Captions of 5 to 9 words; an encoder reads them shuffled, a decoder names one word after the
-    other, out of those that are left. `right place` is the share of words at their true place,
-    `whole captions` that of captions wholly in order, both of freely decoded ones. The last words
-    are easier: fewer are left. The feed-forward model knows which words there are and which place
-    is to be filled, but not what it said before.
-    """
-    train, val, vocabulary = load_captions(setting)
-    captions, held_out = (
-        [caption for caption in split.flat if 5 <= len(caption) <= 9] for split in (train, val)
-    )
-    held_out = held_out[: setting.pick(1500, 40)]
-    fixed = np.random.default_rng(0)
-    shown, lengths, _ = _shuffled_rows(held_out, fixed)
-    truth, _ = pad_rows(held_out)
-    size = len(vocabulary)
-    models: dict[str, Callable[[], nn.Module]] = {
-        "feed-forward": partial(_Unshuffler, "bag", "", size),
-        "bag, then lstm": partial(_Unshuffler, "bag", "lstm", size),
-        **{f"{cell}, then {cell}": partial(_Unshuffler, cell, cell, size) for cell in CELLS},
-    }
-
-    def loss_of(model: nn.Module, random: np.random.Generator) -> Tensor:
-        assert isinstance(model, _Unshuffler)
-        return model.loss(
-            *_shuffled_rows([captions[i] for i in batch_of(len(captions), random, 128)], random)
-        )
-
-    def scores_of(model: nn.Module) -> dict[str, float]:
-        assert isinstance(model, _Unshuffler)
-        return _order_scores(model.order(shown, lengths), truth)
-
-    records: list[Record] = [
-        {"model": "as shuffled", "seed": 0, "parameters": 0, **_order_scores(shown, truth)}
-    ]
-    steps = setting.pick(800, 5)
-    return records + train_each("unshuffle", setting, models, loss_of, scores_of, steps)
-
-
-def _shuffled_rows(
-    captions: Sequence[Sequence[int]], random: np.random.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return shuffled captions (rows, n), lengths (rows,) and where the words are (rows, n)."""
-    orders = [random.permutation(len(caption)) for caption in captions]
-    shuffled = [
-        [caption[i] for i in order] for caption, order in zip(captions, orders, strict=True)
-    ]
-    token_ids, lengths = pad_rows(shuffled)
-    # Behind the end each place stands for itself, so that every place is named once.
-    places = torch.arange(token_ids.shape[1]).repeat(len(captions), 1)
-    for row, order in enumerate(orders):
-        places[row, : len(order)] = torch.from_numpy(np.argsort(order))
-    return token_ids, lengths, places
-
-
-def _order_scores(said: Tensor, truth: Tensor) -> dict[str, float]:
-    real = truth != PAD
-    right = (said == truth) & real
-    return {
-        "right_place": float(right.sum() / real.sum()),
-        "whole_captions": float((right == real).all(1).float().mean()),
-    }
+# --- many to many, in step ------------------------------------------------------------------------
 
 
 class _LanguageModel(nn.Module):
-    """Says the next word after each word; without a cell it knows the last word alone."""
+    """Predicts the next word after each word; without a cell it knows the last word alone."""
 
     def __init__(self, cell: str, vocabulary_size: int, width: int = 128) -> None:
         super().__init__()
@@ -411,13 +205,13 @@ def next_word(setting: Setting) -> list[Record]:
 
     records: list[Record] = [
         {"model": name, "seed": 0, "parameters": None, "perplexity": perplexity}
-        for name, perplexity in _counted(captions, held_out, size).items()
+        for name, perplexity in count_perplexities(captions, held_out, size).items()
     ]
     steps = setting.pick(2 * len(captions) // 64, 5)
-    return records + train_each("next_word", setting, models, loss_of, scores_of, steps)
+    return records + train_models("next_word", setting, models, loss_of, scores_of, steps)
 
 
-def _counted(
+def count_perplexities(
     captions: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], size: int
 ) -> dict[str, float]:
     """Return the perplexity of a unigram and of a bigram model that count words."""
@@ -470,7 +264,7 @@ def _forecasts(length: int, window: int, ahead: int) -> tuple[Tensor, Tensor, Te
 def time_series(setting: Setting) -> list[Record]:
     """Many to one, with numbers: forecast of a chaotic time series.
 
-    The Mackey-Glass series: 40 values are read, the value 20 steps later is foretold. `error` is
+    The Mackey-Glass series: 40 values are read, the value 20 steps later is forecast. `error` is
     the root mean squared error as a share of the standard deviation. The linear model is least
     squares on the same 40 values; the feed-forward one has them all at once too, so that order
     isn't hidden from it.
@@ -478,14 +272,14 @@ def time_series(setting: Setting) -> list[Record]:
     window = 40
     x, y, x_val, y_val = _forecasts(setting.pick(6000, 800), window, ahead=20)
 
-    def error(said: Tensor) -> dict[str, float]:
-        return {"error": float((said - y_val).square().mean().sqrt())}
+    def error(forecast: Tensor) -> dict[str, float]:
+        return {"error": float((forecast - y_val).square().mean().sqrt())}
 
     ones, ones_val = (torch.cat([part, torch.ones(len(part), 1)], 1) for part in (x, x_val))
     linear = torch.linalg.lstsq(ones.double(), y.double().unsqueeze(1)).solution.float()
     records: list[Record] = [
-        {"model": name, "seed": 0, "parameters": weights, **error(said)}
-        for name, weights, said in (
+        {"model": name, "seed": 0, "parameters": weights, **error(forecast)}
+        for name, weights, forecast in (
             ("the mean", 0, torch.zeros_like(y_val)),
             ("the last value", 0, x_val[:, -1]),
             ("linear", window + 1, (ones_val @ linear).squeeze(1)),
@@ -506,7 +300,7 @@ def time_series(setting: Setting) -> list[Record]:
         return error(model(x_val).squeeze(1))
 
     steps = setting.pick(1000, 5)
-    return records + train_each("time_series", setting, models, loss_of, scores_of, steps, 3e-3)
+    return records + train_models("time_series", setting, models, loss_of, scores_of, steps, 3e-3)
 
 
 class _Numbers(nn.Module):

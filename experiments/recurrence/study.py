@@ -8,17 +8,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from captioner.config import WandbConfig
 from captioner.files import atomic_write, read_json, write_json
-from captioner.metrics.report import save_figure
+from captioner.metrics.report import new_figure, save_figure
 from captioner.models.recurrent import RecurrentStack
-from captioner.progress import log_line
+from captioner.progress import log_line, progress_iter
 from captioner.training.run import git_state
 from captioner.training.tracking import Tracker
 
@@ -143,15 +145,55 @@ def fit(
     return history
 
 
+def train_models(
+    name: str,
+    setting: Setting,
+    models: dict[str, Callable[[], nn.Module]],
+    loss_of: Callable[[nn.Module, np.random.Generator], Tensor],
+    scores_of: Callable[[nn.Module], dict[str, float]],
+    steps: int,
+    rate: float = 2e-3,
+) -> list[Record]:
+    """Train each kind of model with each seed under the same budget, and score it.
+
+    Args:
+        name: Of the study.
+        setting: How studies are run.
+        models: Makes a model, by its name.
+        loss_of: Returns a model's loss on a batch that it draws.
+        scores_of: Returns what is measured of a model that was trained.
+        steps: Of Adam.
+        rate: Its learning rate.
+    """
+    records: list[Record] = []
+    combinations = list(product(models, setting.seeds))
+    for kind, seed in progress_iter(combinations, name, len(combinations), "run"):
+        torch.manual_seed(seed)
+        random = np.random.default_rng(seed)
+        model = models[kind]()
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+        fit(model, lambda _, m=model, r=random: loss_of(m, r), steps, optimizer)  # type: ignore[misc]
+        with torch.no_grad():
+            scores = scores_of(model)
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        records.append({"model": kind, "seed": seed, "parameters": weights, **scores})
+    return records
+
+
+def batch_of(rows: int, random: np.random.Generator, size: int) -> np.ndarray:
+    """Draw which examples are in a batch."""
+    return random.integers(rows, size=size)
+
+
 # --- tables and pictures ------------------------------------------------------------------------
 
 
 def groups(records: Iterable[Record], keys: Sequence[str]) -> dict[tuple, list[Record]]:
     """Bring together the records that agree in these fields, in the order in which they came."""
-    found: dict[tuple, list[Record]] = {}
+    grouped: dict[tuple, list[Record]] = {}
     for record in records:
-        found.setdefault(tuple(record[key] for key in keys), []).append(record)
-    return found
+        grouped.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return grouped
 
 
 def mean(records: Sequence[Record], name: str) -> float:
@@ -172,12 +214,12 @@ def table(records: Sequence[Record], keys: Sequence[str], values: Sequence[str])
 
 
 def _cell(values: Sequence[Any]) -> str:
-    found = [float(value) for value in values if value is not None]
-    if not found:
+    numbers = [float(value) for value in values if value is not None]
+    if not numbers:
         return "-"
-    text = _number(statistics.fmean(found))
-    if len(found) > 1 and max(found) > min(found):
-        text += f" ± {_number(statistics.stdev(found))}"
+    text = _number(statistics.fmean(numbers))
+    if len(numbers) > 1 and max(numbers) > min(numbers):
+        text += f" ± {_number(statistics.stdev(numbers))}"
     return text
 
 
@@ -234,6 +276,15 @@ def draw_bars(axes: Any, records: Sequence[Record], by: str, y: str, label: str 
     axes.set_yticks([])
     axes.invert_yaxis()
     axes.set_xlabel(label or y.replace("_", " "))
+
+
+def draw_models(labels: Mapping[str, str], records: Sequence[Record]) -> Any:
+    """Draw a bar for each model, a frame for each of the fields that are labelled."""
+    figure = new_figure(len(labels), 1, 4.2, 3.2)
+    for place, (name, label) in enumerate(labels.items()):
+        axes = figure.add_subplot(1, len(labels), place + 1)
+        draw_bars(axes, records, "model", name, label)
+    return figure
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -317,7 +368,7 @@ _INTRODUCTION = """
 
     Each study is one command, from the project's folder: `python -m experiments.recurrence NAME`,
     or `all`; `--quick` tries every part in seconds. They use `RecurrentStack` and the decoders of
-    [captioner](../../captioner/recurrent.py), real captions and photographs of Flickr8k, and
+    [captioner](../../captioner/models/recurrent.py), real captions and photographs of Flickr8k, and
     generated sequences. Numbers are means ± standard deviations over seeds; bands in the pictures
     are the extremes, dots single seeds. This page is assembled from `results/` and `findings/`.
     """

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from captioner.models.recurrent import RecurrentStack
-from experiments.recurrence import memory, sequences
+from experiments.recurrence import memory, sequences, unshuffle
 from experiments.recurrence.__main__ import STUDIES, main
 from experiments.recurrence.study import Setting, fit, table, write_page
 
@@ -59,7 +59,7 @@ def test_mackey_glass_follows_its_equation():
 
 def test_shuffled_rows_come_back_in_order():
     captions = [[4, 5, 6, 7], [8, 9], [5, 5, 4]]
-    token_ids, lengths, order = sequences._shuffled_rows(captions, np.random.default_rng(0))
+    token_ids, lengths, order = unshuffle.shuffled_rows(captions, np.random.default_rng(0))
     assert lengths.tolist() == [4, 2, 3]
     back = token_ids.gather(1, order)
     assert [row[:n].tolist() for row, n in zip(back, lengths, strict=True)] == captions
@@ -79,9 +79,9 @@ def test_a_bag_of_words_sees_no_order():
 @pytest.mark.parametrize(("encoder", "decoder"), [("bag", ""), ("bag", "lstm"), ("gru", "gru")])
 def test_unshuffling_says_each_word_once_and_learns_what_it_is_trained_for(encoder, decoder):
     torch.manual_seed(0)
-    model = sequences._Unshuffler(encoder, decoder, 12, width=24)
+    model = unshuffle.Unshuffler(encoder, decoder, 12, width=24)
     captions = [[4, 5, 6, 7], [8, 9], [5, 10, 11, 5, 4]]
-    rows = sequences._shuffled_rows(captions, np.random.default_rng(1))
+    rows = unshuffle.shuffled_rows(captions, np.random.default_rng(1))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     history = fit(model, lambda _: model.loss(*rows), 60, optimizer)
     assert history.losses[-1] < 0.1 < history.losses[0]
@@ -91,7 +91,7 @@ def test_unshuffling_says_each_word_once_and_learns_what_it_is_trained_for(encod
 
 
 def test_counted_models_by_hand():
-    found = sequences._counted([[1, 4, 2], [1, 4, 2]], [[1, 4, 2]], 6)
+    found = sequences.count_perplexities([[1, 4, 2], [1, 4, 2]], [[1, 4, 2]], 6)
     unigram = 3 / 10  # 2 of 4 tokens, one added to each of 6 words
     assert found["unigram"] == pytest.approx(1 / unigram)
     assert found["bigram"] == pytest.approx(1 / (0.8 + 0.2 * unigram))
