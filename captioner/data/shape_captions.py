@@ -142,7 +142,7 @@ def _compare(
     """Return a verdict for one way round, after the number of words that are true."""
     pairs = [(statement.first, asdict(first)), (statement.second, asdict(second))]
     true = {
-        part: [said[part] == seen[part] for said, seen in pairs]
+        part: [described[part] == drawn[part] for described, drawn in pairs]
         for part in ("size", "colour", "shape")
     }
     verdict = Verdict(
@@ -174,18 +174,18 @@ def check_captions(
     for record in records:
         for name in (record.image_id, str(record.image_id), record.file_name):
             names[name] = record.image_id
-    strangers = [key for key in captions if key not in names]
-    if strangers:
+    unknown = [key for key in captions if key not in names]
+    if unknown:
         raise DataError(
-            f"{len(strangers)} captions are of images that the scenes don't have "
-            f"({name_some(strangers)}); are they of another split?"
+            f"{len(unknown)} captions are of images that the scenes don't have "
+            f"({name_some(unknown)}); are they of another split?"
         )
-    given: dict[int, str] = {}
+    caption_by_id: dict[int, str] = {}
     for key, caption in captions.items():
-        if names[key] in given:
+        if names[key] in caption_by_id:
             raise DataError(f"image {names[key]} has two captions, under its id and its file name")
-        given[names[key]] = caption
-    ordered = {record.image_id: given.get(record.image_id, "") for record in records}
+        caption_by_id[names[key]] = caption
+    ordered = {record.image_id: caption_by_id.get(record.image_id, "") for record in records}
     verdicts = {
         record.image_id: check_caption(ordered[record.image_id], record.scene) for record in records
     }

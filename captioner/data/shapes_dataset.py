@@ -47,12 +47,12 @@ def split_scenes(
         For each split, its image ids (unique over the splits) and their scenes.
     """
     scenes = all_scenes()
-    left = [scenes[position] for position in rng.permutation(len(scenes))]
+    remaining = [scenes[position] for position in rng.permutation(len(scenes))]
     pools = {}
     for split in ("test", "val"):
         size = min(counts[split], int(HELD_OUT_SHARE * len(scenes)))
-        pools[split], left = left[:size], left[size:]
-    pools["train"] = left
+        pools[split], remaining = remaining[:size], remaining[size:]
+    pools["train"] = remaining
     ids = itertools.count(1)
     return {
         split: [
@@ -128,11 +128,11 @@ def _check_replaceable(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise DataError(f"{directory}: this is a file, a folder was expected")
-    found = {entry.name for entry in directory.iterdir()}
+    names = {entry.name for entry in directory.iterdir()}
     drawn = (directory / "annotations" / "scenes_train.json").is_file()
-    if found and not (drawn and found == {"images", "annotations"}):
+    if names and not (drawn and names == {"images", "annotations"}):
         raise DataError(
-            f"{directory}: holds other files ({name_some(sorted(found))}); give a folder that is "
+            f"{directory}: holds other files ({name_some(sorted(names))}); give a folder that is "
             "empty or isn't there yet"
         )
     if Path.cwd().is_relative_to(directory):
