@@ -24,8 +24,9 @@ neighbours: those are looked up (``_plain_words``) and the three steps are skipp
 Known differences from the Java tool, all far from captions: letters that Unicode gained after
 version 6.0 and marks of a few Indic scripts are words here, unknown and dropped there; soft hyphens
 are always dropped; a period inside a run of letters and digits (``5p.m.c'mon``, ``Ph.D.I``) may
-split elsewhere. Of 80,000 lines of random snippets 28 differ. Each caption is tokenised by itself,
-while the Java tool sees all captions as one text: see ``following``.
+split elsewhere. Of 80,000 lines of random snippets 28 differ. HTML entities become characters here
+even in addresses and tags (``&lt;b&gt;``), but not accented letters (``caf&eacute;``). Each caption
+is tokenised by itself, while the Java tool sees all captions as one text: see ``following``.
 """
 
 import re
@@ -188,7 +189,7 @@ _RULES = (
     _Rule("[nN]", f"[nN]{_APOSTROPHE}[tT]", "[^A-Za-z]"),
     _Rule("[cC]", r"(?i:cont'd)\."),
     _Rule(_APOSTROPHE, f"{_APOSTROPHE}[0-9][0-9]", " "),
-    # Addresses, names, tags; punctuation at the end of an address isn't part of it.
+    # Addresses, names, tags, entities; punctuation at the end of an address isn't part of it.
     _Rule("[hH]", f"(?i:https?)://{_ADDRESS}+{_ADDRESS_END}"),
     _Rule(
         "w",
@@ -206,6 +207,7 @@ _RULES = (
     ),
     _Rule("[@#]", f"@[a-zA-Z_][a-zA-Z_0-9]*|#{_ALPHA}+"),
     _Rule("<", r"</?[A-Za-z][^ <>]*(?: +[A-Za-z][^<>]{0,999})?>|<[!?][A-Za-z-][^<>]{0,999}>"),
+    _Rule("&", "&(?i:#[0-9]+|HT|TL|UR|LR|QC|QL|QR|ODQ|CDQ);"),
     # Numbers, fractions, telephone numbers, money.
     _Rule("[0-9.:,+-]", f"[-+]?{_NUMBER}"),
     _Rule("[0-9]", r"(?:\d{1,4}[- ])?\d{1,4}/\d{1,4}"),
@@ -278,8 +280,19 @@ _QUOTES = re.compile("[’`‘”]+")
 _RUN = re.compile(r"(-)-{1,3}|(\.)[. ]+")
 _CONTRACTION = re.compile(f"{_APOSTROPHE}{_CLITIC}|[nN]{_APOSTROPHE}[tT]")
 _SPACE = re.compile(r"\s")
-_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'"}
-_ENTITY = re.compile("|".join(_ENTITIES))
+# HTML entities, in any case but for the two quotes.
+_ENTITIES = {
+    "&amp;": "&",
+    "&lt;": "<",
+    "&gt;": ">",
+    "&nbsp;": " ",
+    "&md;": "—",
+    "&mdash;": "—",
+    "&ndash;": "—",
+    "&quot;": '"',
+    "&apos;": "'",
+}
+_ENTITY = re.compile("&(?i:amp|lt|gt|nbsp|[mn]dash|md);|&quot;|&apos;")
 # The COCO evaluation's list. Its brackets are in capitals, so that it never drops one.
 _PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", ""])
 
@@ -324,7 +337,7 @@ def _plain_words(chunk: str) -> tuple[str, ...] | None:
 
 def _scan(caption: str, following: str = "") -> list[str]:
     """Cut a caption into tokens by the rules."""
-    text = _ENTITY.sub(lambda match: _ENTITIES[match[0]], caption.replace("\xad", ""))
+    text = _ENTITY.sub(lambda match: _ENTITIES[match[0].lower()], caption.replace("\xad", ""))
     end = len(text)
     text = _SPACE.sub(" ", f"{text} {following.strip()} ")
     shape = text.translate(_shape_table)
@@ -334,7 +347,7 @@ def _scan(caption: str, following: str = "") -> list[str]:
         if shape[start] == " ":
             start += 1
             continue
-        stop = _end_of_token(shape, start, failed_until)
+        stop = _end_of_token(shape, start, end, failed_until)
         word = _treebank_form(text[start:stop], shape[start:stop])
         if word not in _PUNCTUATION:
             words.append(word)
@@ -342,12 +355,13 @@ def _scan(caption: str, following: str = "") -> list[str]:
     return words
 
 
-def _end_of_token(shape: str, start: int, failed_until: dict[_Rule, int]) -> int:
+def _end_of_token(shape: str, start: int, end: int, failed_until: dict[_Rule, int]) -> int:
     """Return where the token at ``start`` ends, by the rule that sees the longest stretch.
 
     Args:
         shape: The whole text, as shape characters.
         start: Where the token starts.
+        end: Where the caption ends. Tokens don't go beyond it, though what must follow them may.
         failed_until: Where the last run without a token ended, for each rule that met one in this
             text. Updated here.
     """
@@ -360,7 +374,7 @@ def _end_of_token(shape: str, start: int, failed_until: dict[_Rule, int]) -> int
             continue
         if match.lastindex is None:  # a run without a token
             failed_until[rule] = match.end()
-        elif match.end() > longest:
+        elif match.end() > longest and match.end(1) <= end:
             longest, stop = match.end(), match.end(1)
     return stop
 
