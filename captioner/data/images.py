@@ -1,7 +1,10 @@
 """From an image to the pixels that the CNN sees; the same way in training and in use."""
 
+import contextlib
 import dataclasses
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from captioner.data.image_files import load_image
+from captioner.data.image_files import ImageSource, Reserve, load_image, max_pixels
 from captioner.errors import ImageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -55,15 +58,20 @@ class Preprocessing:
             image = transforms.center_crop(image, [self.image_size, self.image_size])
         return transforms.pil_to_tensor(image)
 
-    def load(self, path: str | Path) -> torch.Tensor:
-        """Return the pixels of an image file: (3, image_size, image_size), uint8.
+    def load(self, source: ImageSource, reserve: Reserve = contextlib.nullcontext) -> torch.Tensor:
+        """Return the pixels of an image: (3, image_size, image_size), uint8.
+
+        Args:
+            source: A path, bytes, an open binary file, or Pillow's image.
+            reserve: As ``load_image`` takes it.
 
         Raises:
-            ImageError: It can't be read.
+            ImageError: It can't be read, or is too large.
+            MemoryError: There is too little memory for it.
         """
         # At twice the size and more, what is scaled down beforehand can't be told apart after.
         least = 2 * (self.image_size if self.resize == "squash" else self.resize_size)
-        return self(load_image(path, least))
+        return self(load_image(source, least, reserve))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -116,11 +124,17 @@ def load_pixels(
         batches: Indices into ``paths``, a list for each batch.
         device: What computes with the pixels; they are not moved there.
         workers: Processes or threads; 0 decodes in this one, -1 takes one a core (16 at most).
+            All together hold about 1 GiB of large images at a time (``DecodingMemory``).
+
+    Raises:
+        MemoryError: There is too little memory for an image.
     """
+    max_pixels()  # if it is set wrong, that is said here
     if workers < 0:
         workers = min(16, _cores())
-    files = _ImageFiles(paths, preprocessing)
-    if device.type == "cpu" and workers:
+    in_threads = device.type == "cpu" and workers > 0
+    files = _ImageFiles(paths, preprocessing, DecodingMemory(processes=not in_threads))
+    if in_threads:
         return _load_in_threads(files, batches, workers)
     return iter(
         DataLoader(
@@ -154,18 +168,55 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+class DecodingMemory:
+    """What all readers of images may hold together while they decode: 1 GiB.
+
+    An image that takes less than 16 MiB, as almost all do, isn't counted and waits for none; one
+    that takes more than all there is waits until it is the only one.
+
+    Args:
+        processes: Whether the readers are processes; otherwise they are threads.
+    """
+
+    BLOCK_BYTES, BLOCKS = 16 << 20, 64
+
+    def __init__(self, processes: bool) -> None:
+        kind: Any = multiprocessing if processes else threading
+        self._blocks = kind.Semaphore(self.BLOCKS)
+        self._turn = kind.Lock()  # two that wait with half of what they need would wait for ever
+
+    @contextlib.contextmanager
+    def reserve(self, size: int) -> Iterator[None]:
+        """Wait until ``size`` bytes may be used; they are, within the context."""
+        count = min(size // self.BLOCK_BYTES, self.BLOCKS)
+        if count:
+            with self._turn:
+                for _ in range(count):
+                    self._blocks.acquire()
+        try:
+            yield
+        finally:
+            for _ in range(count):
+                self._blocks.release()
+
+
 class _ImageFiles(Dataset):
-    def __init__(self, paths: Sequence[str | Path], preprocessing: Preprocessing) -> None:
-        self.paths, self.preprocessing = paths, preprocessing
+    def __init__(
+        self, paths: Sequence[str | Path], preprocessing: Preprocessing, memory: DecodingMemory
+    ) -> None:
+        self.paths, self.preprocessing, self.memory = paths, preprocessing, memory
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str]:
         try:
-            return index, self.preprocessing.load(self.paths[index]), ""
+            return index, self._load(index), ""
         except ImageError as error:
             return index, None, str(error)
+
+    def _load(self, index: int) -> torch.Tensor:
+        return self.preprocessing.load(self.paths[index], self.memory.reserve)
 
 
 def _collate(items: list[tuple[int, torch.Tensor | None, str]]) -> PixelBatch:
