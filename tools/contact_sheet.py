@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from captioner.cli import HelpFormatter, command
 from captioner.data.annotations import read_annotations
-from captioner.data.images import load_image
+from captioner.data.image_files import load_image
 from captioner.data.predictions import read_predictions
 from captioner.errors import DataError
 from captioner.files import atomic_write

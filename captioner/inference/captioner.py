@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from captioner.config import SearchConfig
-from captioner.data.images import to_rgb
+from captioner.data.image_files import to_rgb
 from captioner.device import choose_device, choose_precision
 from captioner.errors import CheckpointError, ConfigError, ImageError, UsageError, did_you_mean
 from captioner.models.captioning_model import CaptioningModel, generate

@@ -10,16 +10,12 @@ import torch
 
 from captioner.config import SearchConfig
 from captioner.data.annotations import ImageId, read_annotations
+from captioner.data.image_files import IMAGE_SUFFIXES
 from captioner.data.images import in_batches, load_pixels
 from captioner.device import free_memory, is_out_of_memory
 from captioner.errors import CaptionerError, DataError, name_some
 from captioner.inference.captioner import Caption, Captioner
 from captioner.progress import Progress, log_line
-
-IMAGE_SUFFIXES = {
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".ico", ".tga"),
-}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from captioner.config import Config
 from captioner.data.annotations import ImageId
 from captioner.data.dataset import Batch, CaptionDataset, TrainingBatches, encode_captions
-from captioner.data.images import in_batches, load_thumbnail
+from captioner.data.image_files import load_thumbnail
+from captioner.data.images import in_batches
 from captioner.data.predictions import write_predictions
 from captioner.data.vocabulary import PAD
 from captioner.device import autocast

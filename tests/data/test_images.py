@@ -12,7 +12,8 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 
-from captioner.data.images import Preprocessing, in_batches, load_image, load_pixels, to_rgb
+from captioner.data.image_files import load_image, to_rgb
+from captioner.data.images import Preprocessing, in_batches, load_pixels
 from captioner.errors import ImageError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"

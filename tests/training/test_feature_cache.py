@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from captioner.data.images import Preprocessing, load_image
+from captioner.data.image_files import load_image
+from captioner.data.images import Preprocessing
 from captioner.errors import CacheError, ImageError
 from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
