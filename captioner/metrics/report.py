@@ -24,7 +24,7 @@ from captioner.metrics.scores import Scores
 THUMBNAIL = 320  # pixels, the longer side
 SHOWN = 24  # images at each end
 LONGEST_TEXT = 600  # characters of a caption or name on the page
-LONGEST_LABEL = 40  # characters of a result file's name in a plot
+LONGEST_LABEL = 30  # characters of a result file's name in a plot
 
 
 def write_plot(path: str | Path, scores: Mapping[str, Scores]) -> None:
@@ -82,7 +82,8 @@ def _draw_distributions(scores: Mapping[str, Scores]) -> Any:
     metrics = list(next(iter(scores.values())).per_image)
     columns = min(4, len(metrics))
     rows = -(-len(metrics) // columns)
-    figure = new_figure(columns, rows)
+    legend_height = 0.16 * len(scores) if len(scores) > 1 else 0.0  # inches
+    figure = new_figure(columns, rows, height=2.4 + legend_height / rows)
     for place, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, place + 1)
         values = [file_scores.per_image[metric] for file_scores in scores.values()]
@@ -91,10 +92,11 @@ def _draw_distributions(scores: Mapping[str, Scores]) -> Any:
         handles = [axes.hist(of_images, bins=bins, histtype="step")[2][0] for of_images in values]
         axes.set_title(metric)
         axes.set_ylabel("images")
-        if len(scores) > 1 and place == 0:
-            legend = axes.legend(handles, map(_plot_label, scores), fontsize="x-small")
-            for text in legend.get_texts():
-                text.set_parse_math(False)  # a $ in a file's name is a $
+    if len(scores) > 1:
+        labels = map(_plot_label, scores)
+        legend = figure.legend(handles, labels, fontsize="x-small", loc="outside lower left")
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a $ in a file's name is a $
     return figure
 
 
