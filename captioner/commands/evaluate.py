@@ -81,11 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add("--plot", type=Path, help="draw how scores are spread, as .png, .svg or .pdf")
     add("--report", type=Path, help="write a page of best and worst images here as HTML")
     add("--images", type=Path, help="folder of the images, for the page (with --report)")
-    add(
-        "--link-images",
-        action="store_true",
-        help="link to the images instead of embedding them (with --images)",
-    )
+    add("--link-images", action="store_true", help="link to the images, instead of copies in it")
     add("--wandb", metavar="PROJECT", help="log to a new run of this project in Weights & Biases")
     add("--wandb-run", metavar="ID", help="log to this run instead (with --wandb)")
     return parser

@@ -9,7 +9,7 @@ import io
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -112,13 +112,8 @@ def _from_coco(path: Path, content: Any, split: str | None) -> Annotations:
             "text file that lists the images, or leave the split out"
         )
     content.setdefault("annotations", [])  # test sets come without captions
-    images = _entries(
-        path,
-        content,
-        "images",
-        needed={"id": (int, str)},
-        optional={"file_name": (str, type(None))},
-    )
+    name_kinds = {"file_name": (str, type(None))}
+    images = _entries(path, content, "images", needed={"id": (int, str)}, optional=name_kinds)
     captions = _entries(
         path,
         content,
@@ -134,13 +129,7 @@ def _from_coco(path: Path, content: Any, split: str | None) -> Annotations:
     coco.dataset = {"images": images, "annotations": captions}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-    unknown = {entry["image_id"] for entry in captions if entry["image_id"] not in coco.imgs}
-    if unknown:
-        hint = near_names_hint(sorted(unknown, key=str), coco.imgs, "'images'")
-        raise DataError(
-            f"{path}: captions name {len(unknown)} image ids that 'images' doesn't list "
-            f"({name_some(sorted(unknown, key=str))}){hint}"
-        )
+    _check_known_ids(path, (entry["image_id"] for entry in captions), coco.imgs)
     annotated = []
     empty: list[object] = []
     for image_id, entry in coco.imgs.items():
@@ -151,12 +140,21 @@ def _from_coco(path: Path, content: Any, split: str | None) -> Annotations:
     return Annotations(path, annotated, _notes(path, annotated, empty))
 
 
+def _check_known_ids(path: Path, ids: Iterable[ImageId], known: Collection[ImageId]) -> None:
+    unknown = sorted({image_id for image_id in ids if image_id not in known}, key=str)
+    if unknown:
+        raise DataError(
+            f"{path}: captions name {len(unknown)} image ids that 'images' doesn't list "
+            f"({name_some(unknown)})" + near_names_hint(unknown, known, "'images'")
+        )
+
+
 def _entries(
     path: Path,
     content: dict[str, Any],
     name: str,
-    needed: dict[str, tuple[type, ...]],
-    optional: dict[str, tuple[type, ...]] | None = None,
+    needed: Mapping[str, tuple[type, ...]],
+    optional: Mapping[str, tuple[type, ...]] | None = None,
 ) -> list[dict[str, Any]]:
     """Return ``content[name]`` after checking that it lists objects with these fields."""
     entries = content[name]
@@ -168,7 +166,7 @@ def _entries(
                 f"{path}: {name}[{position}] must be an object, found {reprlib.repr(entry)}"
             )
         present = {key: kinds for key, kinds in (optional or {}).items() if key in entry}
-        for key, kinds in (needed | present).items():
+        for key, kinds in {**needed, **present}.items():
             value = entry.get(key)
             if not isinstance(value, kinds) or isinstance(value, bool):
                 expected = " or ".join(KIND_NAMES[kind] for kind in kinds)

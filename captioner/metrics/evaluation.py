@@ -71,27 +71,30 @@ def read_evaluation(
         for name, path in zip(names, hypotheses_paths, strict=True)
     }
     common = [key for key in references if _is_scored(key, references, results.values())]
+    by_path = dict(zip(map(str, hypotheses_paths), results.values(), strict=True))
     notes = [
         *annotations.notes,
-        *_compare_images(
-            dict(zip(map(str, hypotheses_paths), results.values(), strict=True)),
-            references,
-            file_names,
-            len(common),
-            allow_missing,
-        ),
+        *_compare_images(by_path, references, file_names, len(common), allow_missing),
+        *_empty_captions(by_path, common),
     ]
-    for path, captions in zip(hypotheses_paths, results.values(), strict=True):
-        empty = [key for key in common if not captions[key].strip()]
-        if empty:
-            ids = name_some(map(show_name, empty))
-            notes.append(f"{path}: {len(empty)} empty captions, scored as such (ids {ids})")
     return Evaluation(
         {key: references[key] for key in common},
         {name: {key: captions[key] for key in common} for name, captions in results.items()},
         file_names,
         notes,
     )
+
+
+def _empty_captions(
+    results: Mapping[str, Mapping[ImageId, str]], keys: Sequence[ImageId]
+) -> list[str]:
+    notes = []
+    for path, captions in results.items():
+        empty = [show_name(key) for key in keys if not captions[key].strip()]
+        if empty:
+            ids = name_some(empty)
+            notes.append(f"{path}: {len(empty)} empty captions, scored as such (ids {ids})")
+    return notes
 
 
 def read_n_best(

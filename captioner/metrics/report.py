@@ -23,7 +23,7 @@ from captioner.metrics.scores import Scores
 
 THUMBNAIL = 320  # pixels, the longer side
 SHOWN = 24  # images at each end
-LONGEST_TEXT = 600  # characters of a caption or name on the page
+LONGEST_TEXT = 400  # characters of a caption or name on the page
 LONGEST_LABEL = 30  # characters of a result file's name in a plot
 
 
@@ -164,17 +164,11 @@ def write_report(
     keys = list(evaluation.references)
 
     def cards(places: Sequence[int]) -> list[_Card]:
+        names = [evaluation.file_names.get(keys[place]) for place in places]
+        pictures = [_picture(Path(path), name, images, embed) for name in names]
         return [
-            _Card(
-                keys[place],
-                _picture(Path(path), evaluation.file_names.get(keys[place]), images, embed),
-                [
-                    (captions[keys[place]], name, float(scores[name].per_image[metric][place]))
-                    for name, captions in evaluation.hypotheses.items()
-                ],
-                evaluation.references[keys[place]],
-            )
-            for place in places
+            _card(keys[place], place, evaluation, scores, metric, picture)
+            for place, picture in zip(places, pictures, strict=True)
         ]
 
     page = _template().render(
@@ -234,6 +228,21 @@ def _table(summary: Mapping[str, Any]) -> list[tuple[str, list[_Cell]]]:
             (f"{second} \N{MINUS SIGN} {first}", [differences.get(m, _Cell()) for m in metrics])
         )
     return rows
+
+
+def _card(
+    key: ImageId,
+    place: int,
+    evaluation: Evaluation,
+    scores: Mapping[str, Scores],
+    metric: str,
+    picture: _Picture,
+) -> _Card:
+    captions = [
+        (evaluation.hypotheses[name][key], name, float(file_scores.per_image[metric][place]))
+        for name, file_scores in scores.items()
+    ]
+    return _Card(key, picture, captions, evaluation.references[key])
 
 
 def _picture(page: Path, name: str | None, images: str | Path | None, embed: bool) -> _Picture:

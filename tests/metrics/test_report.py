@@ -128,7 +128,7 @@ def test_a_page_without_images_or_names(tmp_path):
 def test_a_browser_shows_the_images_and_runs_nothing(tmp_path, images):
     write_report(tmp_path / "page.html", *hostile(tmp_path), images, embed=False)
     command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,6000"),
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,5000"),
         *("--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"),
         *(f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", f"file://{tmp_path}/page.html"),
     ]
