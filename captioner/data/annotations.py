@@ -60,6 +60,10 @@ class Annotations:
     notes: list[str]
     split_sizes: Counter[str] = field(default_factory=Counter)
 
+    def describe_splits(self) -> str:
+        """Return the splits and how many images each has, ``"train 6000, val 1000"``."""
+        return ", ".join(f"{name} {size}" for name, size in self.split_sizes.items())
+
 
 def read_annotations(path: str | Path, split: str | None = None) -> Annotations:
     """Read a captions file in whichever of the known formats it is.
@@ -89,9 +93,9 @@ def read_annotations(path: str | Path, split: str | None = None) -> Annotations:
     if split_file:
         _keep_listed(annotations, split_file)
     elif not split and len(annotations.split_sizes) > 1:
-        sizes = ", ".join(f"{name} {size}" for name, size in annotations.split_sizes.items())
         annotations.notes.append(
-            f"{path}: no split was chosen, so the images of all splits are taken ({sizes})"
+            f"{path}: no split was chosen, so the images of all splits are taken "
+            f"({annotations.describe_splits()})"
         )
     return annotations
 

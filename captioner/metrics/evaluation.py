@@ -19,7 +19,7 @@ from captioner.errors import DataError, UsageError, name_some
 from captioner.files import atomic_write, parse_json, read_text
 from captioner.metrics.cider import DocumentFrequencies
 from captioner.metrics.official import METEOR_JAR, SPICE_JARS
-from captioner.metrics.scores import BLEU_NAMES, Scores, differences
+from captioner.metrics.scores import BLEU_NAMES, Scores, compare_ids
 from captioner.version import __version__
 
 T = TypeVar("T")
@@ -72,11 +72,16 @@ def read_evaluation(
     }
     common = [key for key in references if _is_scored(key, references, results.values())]
     by_path = dict(zip(map(str, hypotheses_paths), results.values(), strict=True))
-    notes = [
-        *annotations.notes,
-        *_compare_images(by_path, references, file_names, len(common), allow_missing),
-        *_empty_captions(by_path, common),
-    ]
+    try:
+        differences = _compare_images(by_path, references, file_names, len(common), allow_missing)
+    except DataError as error:
+        if split or len(annotations.split_sizes) < 2:
+            raise
+        splits = annotations.describe_splits()
+        raise DataError(
+            f"{error}; --split takes one of the references' splits ({splits})"
+        ) from None
+    notes = [*annotations.notes, *differences, *_empty_captions(by_path, common)]
     return Evaluation(
         {key: references[key] for key in common},
         {name: {key: captions[key] for key in common} for name, captions in results.items()},
@@ -215,7 +220,7 @@ def _compare_images(
     notes = []
     misspelt = False
     for path, captions in results.items():
-        lines, hint = differences(captions, references)
+        lines, hint = compare_ids(captions, references)
         hint = _file_names_hint(captions, references, file_names) or hint
         misspelt |= bool(hint)
         if lines:

@@ -178,7 +178,7 @@ def _split_spaces(tokens: Sequence[str]) -> Sequence[str]:
     return tokens
 
 
-def differences(
+def compare_ids(
     hypotheses: Mapping[ImageId, object], references: Mapping[ImageId, Collection[str]]
 ) -> tuple[list[str], str]:
     """Compare the images of the two sides.
@@ -243,7 +243,7 @@ def _check(
             "frequencies: what DocumentFrequencies.load or .of returns was expected, found "
             f"{reprlib.repr(frequencies)}"
         )
-    lines, hint = differences(hypotheses, references)
+    lines, hint = compare_ids(hypotheses, references)
     if lines:
         raise DataError("; ".join(lines) + hint)
     if not hypotheses:

@@ -375,6 +375,27 @@ def test_references_of_several_splits_read_whole_say_so(tmp_path, good, capsys):
     (tmp_path / "k.json").write_text(json.dumps({"images": images}))
     assert run("--references", tmp_path / "k.json", "--hypotheses", good) == 0
     assert "the images of all splits are taken (test 2, train 1)" in capsys.readouterr().err
+    given = results(tmp_path / "test.json", {key: GOOD[key] for key in (1, 2)})
+    assert run("--references", tmp_path / "k.json", "--hypotheses", given) == 1
+    expected = "--split takes one of the references' splits (test 2, train 1)"
+    assert expected in capsys.readouterr().err
+    assert run("--references", tmp_path / "k.json", "--hypotheses", given, "--split", "test") == 0
+
+
+def test_result_files_may_have_any_name(tmp_path, references, capsys):
+    for folder in ("caf\udce9", "$x^2$"):
+        (tmp_path / folder).mkdir()
+        results(tmp_path / folder / f"_<b>{'n' * 200}.json")
+    outputs = ("--output", tmp_path / "s.json", "--per-image", tmp_path / "s.csv",
+               "--plot", tmp_path / "p.svg", "--report", tmp_path / "page.html")  # fmt: skip
+    given = (next(tmp_path.glob(f"{folder}*/*.json")) for folder in ("caf", "$x"))
+    assert run("--references", references, "--hypotheses", *given, *outputs) == 0
+    names = [f"caf\\udce9/_<b>{'n' * 200}.json", f"$x^2$/_<b>{'n' * 200}.json"]
+    assert capsys.readouterr().out.startswith(f"{names[0]}\n")
+    assert list(json.loads((tmp_path / "s.json").read_text())["scores"]) == names
+    with (tmp_path / "s.csv").open(newline="") as file:
+        assert {row["hypotheses"] for row in csv.DictReader(file)} == set(names)
+    assert "caf\\udce9/_&lt;b&gt;" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_result_files_of_one_name_are_told_apart(tmp_path, references):
