@@ -191,8 +191,10 @@ def _comparisons(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
 def _statistics(options: argparse.Namespace, evaluation: Evaluation) -> dict[str, dict[str, float]]:
     training = None
     if options.training_captions:
-        images = read_annotations(options.training_captions).images
-        training = [tokenize(caption) for image in images for caption in image.captions]
+        annotations = read_annotations(options.training_captions)
+        for note in annotations.notes:
+            log_line(f"warning: {note}")
+        training = [tokenize(text) for image in annotations.images for text in image.captions]
     statistics = {
         name: describe([tokenize(caption) for caption in captions.values()], training)
         for name, captions in evaluation.hypotheses.items()

@@ -111,11 +111,11 @@ def cider(
         sums += [clipped * penalty, plain]
     # The mean over the orders and over each image's references.
     clipped, plain = (
-        np.bincount(image_of[images:], of_captions[images:], images)
+        np.bincount(image_of[images:], caption_scores[images:], images)
         / np.maximum(1, counts)
         * 10
         / ORDERS
-        for of_captions in sums
+        for caption_scores in sums
     )
     return clipped, plain
 

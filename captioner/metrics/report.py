@@ -87,9 +87,9 @@ def _draw_distributions(scores: Mapping[str, Scores]) -> Any:
     for place, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, place + 1)
         values = [file_scores.per_image[metric] for file_scores in scores.values()]
-        highest = max(1e-9, *(float(of_images.max()) for of_images in values))
+        highest = max(1e-9, *(float(value.max()) for value in values))
         bins = np.linspace(0, highest, 31).tolist()
-        handles = [axes.hist(of_images, bins=bins, histtype="step")[2][0] for of_images in values]
+        handles = [axes.hist(value, bins=bins, histtype="step")[2][0] for value in values]
         axes.set_title(metric)
         axes.set_ylabel("images")
     if len(scores) > 1:

@@ -379,7 +379,11 @@ def test_references_of_several_splits_read_whole_say_so(tmp_path, good, capsys):
     assert run("--references", tmp_path / "k.json", "--hypotheses", given) == 1
     expected = "--split takes one of the references' splits (test 2, train 1)"
     assert expected in capsys.readouterr().err
-    assert run("--references", tmp_path / "k.json", "--hypotheses", given, "--split", "test") == 0
+    common = ("--references", tmp_path / "k.json", "--hypotheses", given, "--split", "test")
+    assert run(*common) == 0
+    assert not capsys.readouterr().err
+    assert run(*common, "--statistics", "--training-captions", tmp_path / "k.json") == 0
+    assert "the images of all splits are taken" in capsys.readouterr().err
 
 
 def test_result_files_may_have_any_name(tmp_path, references, capsys):

@@ -162,6 +162,16 @@ def test_images_that_are_not_there_are_counted(images):
     assert "name no image files" in note
 
 
+def test_image_files_are_opened_in_one_place():
+    opening = {
+        path.name
+        for folder in ("captioner", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        if "Image.open(" in path.read_text(encoding="utf-8")
+    }
+    assert opening == {"image_files.py"}
+
+
 # --- plots ---------------------------------------------------------------------------------------
 
 
