@@ -1,9 +1,11 @@
 """Files: read with errors that name them, locked, and written so that they appear whole or not."""
 
+import codecs
 import contextlib
 import errno
 import json
 import os
+import shlex
 import shutil
 import stat
 import tempfile
@@ -55,16 +57,47 @@ def read_text(
     """
     try:
         with open_regular(path) if regular else open(path, "rb") as file:
-            return file.read().decode("utf-8-sig")
+            content = file.read()
+        if _is_utf16(content):
+            raise error(f"{path}: not UTF-8 text but UTF-16{_conversion(path, 'UTF-16')}")
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
     except IsADirectoryError:
         raise error(f"{path}: this is a folder, a file was expected") from None
     except UnicodeDecodeError as problem:
-        raise error(f"{path}: not UTF-8 text (byte {problem.start})") from None
+        guess = _guess_encoding(path, problem)
+        raise error(f"{path}: not UTF-8 text (byte {problem.start}){guess}") from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{path}: can't be read ({reason})") from None
+
+
+_CONTROL_CHARACTERS = bytes(set(range(32)) - set(b"\t\n\v\f\r"))
+
+
+def _is_utf16(content: bytes) -> bool:
+    """Tell whether a file begins with the mark of UTF-16, or with an ASCII character in UTF-16."""
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return content.startswith(marks) or (len(content) > 1 and content[:2].count(0) == 1)
+
+
+def _guess_encoding(path: str | Path, problem: UnicodeDecodeError) -> str:
+    """Return what a file that isn't UTF-8 may be, and how to convert it, to end a message."""
+    content = problem.object
+    if problem.reason == "unexpected end of data" and not content[: problem.start].isascii():
+        return "; it ends within a character: is the file complete?"
+    if len(content.translate(None, _CONTROL_CHARACTERS)) < len(content):
+        return "; this is no text file"
+    try:
+        content.decode("cp1252")
+    except UnicodeDecodeError:
+        return "; convert it to UTF-8"
+    return f"; it looks like Latin-1 or Windows-1252{_conversion(path, 'WINDOWS-1252')}"
+
+
+def _conversion(path: str | Path, encoding: str) -> str:
+    return f"; convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > NEW_FILE"
 
 
 def read_json(
@@ -149,9 +182,13 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 def write_json(path: str | Path, value: object, indent: int | None = 2) -> None:
     """Write ``value`` as JSON, whole or not at all."""
-    with atomic_write(path) as file:
-        json.dump(value, file, ensure_ascii=False, indent=indent)
-        file.write("\n")
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        content = text.encode()
+    except UnicodeEncodeError:  # lone surrogates, of a file name that isn't UTF-8: \\u escapes
+        content = json.dumps(value, indent=indent).encode()
+    with atomic_write(path, "wb") as file:
+        file.write(content + b"\n")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -213,13 +215,51 @@ def test_text_is_read_or_refused_in_one_line(tmp_path):
     for name, reason in {
         "none": "no such file",
         ".": "this is a folder, a file was expected",
-        "latin.txt": "not UTF-8 text (byte 3)",
+        "latin.txt": "not UTF-8 text (byte 3); it looks like Latin-1 or Windows-1252; convert it: "
+        f"iconv -f WINDOWS-1252 -t UTF-8 {tmp_path / 'latin.txt'} > NEW_FILE",
         "pipe": "can't be read (a pipe, device or socket, not a regular file)",
         "nul\0": "can't be read (embedded null byte)",
     }.items():
         with pytest.raises(CacheError) as refused:
             read_text(tmp_path / name, CacheError, regular=True)
         assert str(refused.value) == f"{tmp_path / name}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("a é".encode("utf-16"), "not UTF-8 text but UTF-16; convert it: iconv -f UTF-16"),
+        (b"\xfe\xff" + "a é".encode("utf-16-be"), "not UTF-8 text but UTF-16; convert it"),
+        ("a,b".encode("utf-16-le"), "not UTF-8 text but UTF-16; convert it"),
+        ("a,b".encode("utf-16-be"), "not UTF-8 text but UTF-16; convert it"),
+        ("café, là".encode("cp1252"), "not UTF-8 text (byte 3); it looks like Latin-1 or Windows"),
+        (b"\x81\x81", "not UTF-8 text (byte 0); convert it to UTF-8"),
+        ("café là".encode()[:-1], "not UTF-8 text (byte 7); it ends within a character"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "not UTF-8 text (byte 0); this is no text file"),
+    ],
+)
+def test_other_encodings_are_named(tmp_path, content, reason):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        read_text(tmp_path / "a.csv")
+    assert str(refused.value).startswith(f"{tmp_path / 'a.csv'}: {reason}")
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="needs iconv")
+def test_the_conversion_that_is_named_works(tmp_path):
+    path = tmp_path / "a b.csv"
+    for encoding in ("utf-16", "cp1252"):
+        path.write_text("café", encoding=encoding)
+        with pytest.raises(DataError) as refused:
+            read_text(path)
+        command = str(refused.value).partition("convert it: ")[2].removesuffix(" > NEW_FILE")
+        assert subprocess.run(shlex.split(command), capture_output=True).stdout == "café".encode()
+
+
+def test_json_of_names_that_are_not_utf8_is_written(tmp_path):
+    value = {"caf\udce9.jpg": "é"}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
 
 
 def test_json_is_read_or_refused_in_one_line(tmp_path):
