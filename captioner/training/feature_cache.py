@@ -30,7 +30,7 @@ SETTLED_NS = 2_000_000_000
 Failures = list[tuple[int, str]]  # images that can't be read: index and message
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _ImageFile:
     """An image file that was hashed, now or earlier.
 
@@ -148,10 +148,9 @@ def cached_features(
         with contextlib.suppress(CacheError):
             _fill(store, image_encoder, wait=False)
     report_failures(failures, len(paths), bad_images)
-    contents_in_order = [files[i].content if i in files else "" for i in range(len(paths))]
-    rows = np.array(
-        [store.row_by_content.get(content, -1) for content in contents_in_order], np.int64
-    )
+    rows = np.full(len(paths), -1, dtype=np.int64)
+    for i, file in files.items():
+        rows[i] = store.row_by_content.get(file.content, -1)
     return Features(rows, store.map_rows(), np.arange(len(paths)), image_encoder, store)
 
 
@@ -178,16 +177,21 @@ def _find_files(
             if content in store.row_by_content:
                 files[i] = _ImageFile(content, status, settled=True)
     unknown = [i for i in range(len(paths)) if i not in files]
+    hashed = _hash_images([paths[i] for i in unknown])
+    bar = progress_iter(hashed, "reading image files", len(unknown), "image")
     failures: Failures = []
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        hashed = threads.map(_hash_image, [paths[i] for i in unknown])
-        bar = progress_iter(hashed, "reading image files", len(unknown), "image")
-        for i, file in zip(unknown, bar, strict=True):
-            if isinstance(file, _ImageFile):
-                files[i] = file
-            else:
-                failures.append((i, file))
+    for i, file in zip(unknown, bar, strict=True):
+        if isinstance(file, _ImageFile):
+            files[i] = file
+        else:
+            failures.append((i, file))
     return files, failures
+
+
+def _hash_images(paths: Sequence[str | Path]) -> Iterator[_ImageFile | str]:
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        for batch in in_batches(len(paths), 1000):
+            yield from threads.map(_hash_image, [paths[i] for i in batch])
 
 
 def _hash_image(path: str | Path) -> _ImageFile | str:
@@ -269,21 +273,21 @@ class _ImageEncoder:
                     grid = grid.mean(1, True, dtype=torch.float32) if self.pooled else grid
                     rows = _to_float16(grid)
                 # Features of another content than the one that was hashed must not be kept.
-                same = [self._unchanged(i) for i in batch.indices]
-                changed = [i for i, ok in zip(batch.indices, same, strict=True) if not ok]
-                failures = [(i, f"{self.paths[i]}: changed while it was read") for i in changed]
-                yield (
-                    [i for i in batch.indices if i not in changed],
-                    rows[same],
-                    batch.failures + failures,
-                )
+                kept = [self._is_unchanged(i) for i in batch.indices]
+                indices = [i for i, keep in zip(batch.indices, kept, strict=True) if keep]
+                changed = [
+                    (i, f"{self.paths[i]}: changed while it was read")
+                    for i in set(batch.indices) - set(indices)
+                ]
+                yield indices, rows[kept], batch.failures + changed
                 bar.update(len(batch.indices) + len(batch.failures))
 
-    def _unchanged(self, index: int) -> bool:
-        try:
-            return FileStatus.of(self.paths[index]) == self.files[index].status
-        except OSError:
-            return False
+    def _is_unchanged(self, index: int) -> bool:
+        """Return whether a file still has the content that was hashed."""
+        path, file = self.paths[index], self.files[index]
+        with contextlib.suppress(OSError):
+            return FileStatus.of(path) == file.status or hash_file(path) == file.content
+        return False
 
 
 def _to_float16(rows: torch.Tensor) -> np.ndarray:

@@ -11,9 +11,10 @@ renamed keep their features, and other images under an old name don't get them. 
 the operating system told of the file when it was hashed: as long as it tells the same, the file
 isn't read. ``checksum`` is the CRC-32 of the row, verified when the row is first used.
 
-Rows are only ever appended, and a row's line is written after the row itself is on disk, so that
-a process killed at any moment leaves a store that the next one continues. Of two lines with the
-same content the later one holds. An image whose line is damaged is encoded again.
+Rows are appended, and a row's line is written after the row itself is on disk, so that a process
+killed at any moment leaves a store that the next one continues. An image whose line is damaged is
+encoded again, and so is one whose row is damaged: that row is overwritten, and gets another line
+with its new checksum. Of two lines with the same content or row the later one holds.
 """
 
 import contextlib
@@ -130,7 +131,6 @@ class FeatureStore:
         self.index_path = self.folder / "index.jsonl"
         self.features_path = self.folder / "features.f16"
         self.row_shape, self.row_bytes = row_shape, 2 * row_shape[0] * row_shape[1]
-        self._pending_lines: list[bytes] = []
         self._last_sync = time.monotonic()
         with self._disk_errors("read"):
             self._check_files()
@@ -195,6 +195,7 @@ class FeatureStore:
                     lock_path(self.folder), f"{busy}; waiting for it" if wait else CacheError(busy)
                 )
                 stack.enter_context(lock)
+                self._pending_lines: list[bytes] = []
                 self.folder.mkdir(exist_ok=True)  # whoever had the lock may have removed it
                 if not self.meta_path.exists():
                     write_json(self.meta_path, self.meta)
@@ -278,8 +279,8 @@ class FeatureStore:
             yield
         except OSError as error:
             raise CacheError(
-                f"{self.folder}: can't be {action} ({error.strerror}); make room or allow it, or "
-                "set data.cache_dir to another folder"
+                f"{self.folder}: can't be {action} ({error.strerror}); check its permissions and "
+                "the free space, or set data.cache_dir to another folder"
             ) from None
 
     def map_rows(self) -> StoredRows:
@@ -302,6 +303,10 @@ class FeatureStore:
             )
         if needed > 1e9:
             log_line(f"the feature cache in {self.folder} grows by {needed / 1e9:.1f} GB")
+            stores = list_stores(self.folder.parent)
+            unused = sum(store.size for store in stores if not store.in_use)
+            if unused:
+                log_line(f"'captioner cache prune --old' frees {unused / 1e9:.1f} GB of old ones")
 
 
 def lock_path(folder: Path) -> Path:

@@ -217,6 +217,15 @@ def test_stores_are_listed(tmp_path):
     assert (stores[damaged.folder].encoder, stores[damaged.folder].in_use) == ("", False)
 
 
+def test_a_large_store_tells_of_old_ones(tmp_path, capsys):
+    store, old = fill(tmp_path), make_old_store(tmp_path)
+    os.truncate(old / "features.f16", 2 * 10**9)  # sparse
+    store.check_free_space(2 * 10**9 // ROW_BYTES)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("grows by 2.0 GB")
+    assert lines[1] == "'captioner cache prune --old' frees 2.0 GB of old ones"
+
+
 def test_a_store_that_is_being_filled_is_not_removed(tmp_path):
     store, old = fill(tmp_path), make_old_store(tmp_path)
     for folder, lock in ((store.folder, lock_path(store.folder)), (old, old / "lock")):
