@@ -190,13 +190,13 @@ class FeatureStore:
         busy = f"another process is filling {self.folder}"
         with contextlib.ExitStack() as stack:
             with self._disk_errors():
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
                 lock = locked(
                     lock_path(self.folder), f"{busy}; waiting for it" if wait else CacheError(busy)
                 )
                 stack.enter_context(lock)
                 self._pending_lines: list[bytes] = []
-                self.folder.mkdir(exist_ok=True)  # whoever had the lock may have removed it
+                # Only now: whoever had the lock may have removed the folder.
                 if not self.meta_path.exists():
                     write_json(self.meta_path, self.meta)
                 self._features_file = stack.enter_context(_closing(self.features_path))
@@ -211,7 +211,7 @@ class FeatureStore:
             self._sync()
 
     def _mend_files(self) -> None:
-        """Write the index without bad lines; cut rows that have no line."""
+        """Write the index without bad lines; cut off rows that have no line."""
         good_lines, bad_lines = self._read_index()
         size = self._row_count * self.row_bytes
         if os.fstat(self._features_file.fileno()).st_size > size:

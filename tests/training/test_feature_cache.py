@@ -251,12 +251,14 @@ def test_images_of_one_name_in_two_data_sets_are_never_mixed_up(encoder, tmp_pat
     for folder, colour in zip(folders, ("red", "blue"), strict=True):
         folder.mkdir()
         Image.new("RGB", (16, 12), colour).save(folder / "1.bmp")
-        os.utime(folder / "1.bmp", ns=(10**18, 10**18))
     paths = [folder / "1.bmp" for folder in folders]
+    before = FileStatus.of(paths[0])
     get(encoder, paths, tmp_path / "cache")
     folders[0].rename(tmp_path / "c")
     folders[1].rename(folders[0])
     (tmp_path / "c").rename(folders[1])
+    times = {"mtime_ns": 0, "ctime_ns": 0}  # they might be the same
+    assert FileStatus.of(paths[0])._replace(**times) != before._replace(**times)
     features = get(encoder, paths, tmp_path / "cache")
     assert features.rows.tolist() == [1, 0]
     assert_close(features.take(range(2)), fresh(encoder, paths))
@@ -577,6 +579,15 @@ def test_bad_images_may_be_skipped(encoder, spoilt, tmp_path, capsys):
     Image.new("RGB", (16, 12), "red").save(spoilt[1])
     mended = get(encoder, spoilt, tmp_path / "cache", bad_images="skip")
     assert mended.rows.tolist() == [0, 3, -1, 1, -1, 2]
+
+
+def test_copies_of_a_bad_image_are_reported_too(encoder, spoilt, tmp_path, capsys):
+    copy = shutil.copy(spoilt[1], tmp_path / "copy.png")
+    features = get(encoder, [spoilt[0], spoilt[1], copy], tmp_path / "cache", bad_images="skip")
+    assert features.rows.tolist() == [0, -1, -1]
+    message = capsys.readouterr().err
+    assert "2 of 3 images can't be read" in message
+    assert f"{copy}: a copy of {spoilt[1]}" in message
 
 
 def test_nothing_but_bad_images_is_an_error_even_when_skipping(encoder, spoilt, tmp_path):
