@@ -20,7 +20,7 @@ from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
 from captioner.training import feature_cache
 from captioner.training.feature_cache import cached_features, report_failures
-from captioner.training.feature_store import default_cache_dir
+from captioner.training.feature_store import FileStatus, default_cache_dir
 
 CPU = torch.device("cpu")
 SQUEEZENET = Preprocessing("squash", 48, 48)
