@@ -144,7 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(rows)} captions in {args.output}")
     _warn_of_empty(captions)
     if failed:
-        log_line(f"{len(failed)} of {len(images)} images could not be read: {name_some(failed)}")
+        log_line(
+            f"{len(failed)} of {len(images)} images could not be captioned: {name_some(failed)}"
+        )
         return 3
     return 0
 

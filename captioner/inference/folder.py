@@ -15,6 +15,7 @@ from captioner.device import free_memory, is_out_of_memory
 from captioner.errors import CaptionerError, DataError, name_some
 from captioner.inference.captioner import Caption, Captioner
 from captioner.progress import Progress, log_line
+from captioner.search import NO_PROBABILITIES
 
 IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
@@ -109,8 +110,8 @@ def caption_files(
         workers: Processes (GPU) or threads (CPU) that read images; -1 takes one a core.
 
     Returns:
-        The captions by image id, best first, and for each image that couldn't be read its name
-        and why.
+        The captions by image id, best first, and for each image that couldn't be read, or for
+        which the model gives NaN, its name and why.
 
     Raises:
         CaptionerError: Even a single image is too much.
@@ -127,13 +128,18 @@ def caption_files(
     )
     with Progress("captioning", len(images), "image") as bar:
         for batch in loaded:
-            for index, message in batch.failures:
-                failed[images[index].name] = message
-                log_line(f"warning: {message}")
-            bar.update(len(batch.failures))
+            failures = {images[index].name: message for index, message in batch.failures}
+            bar.update(len(failures))
             readable = [images[index] for index in batch.indices]
             results, at_once = _caption_batch(captioner, batch.pixels, readable, search, at_once)
-            captions |= results
+            for image, best in zip(readable, results, strict=True):
+                if best:
+                    captions[image.image_id] = best
+                else:
+                    failures[image.name] = f"{image.path}: {NO_PROBABILITIES}"
+            for message in failures.values():
+                log_line(f"warning: {message}")
+            failed |= failures
             bar.update(len(readable))
     return captions, failed
 
@@ -144,22 +150,20 @@ def _caption_batch(
     images: Sequence[ImageFile],
     search: SearchConfig,
     at_once: int,
-) -> tuple[dict[ImageId, list[Caption]], int]:
+) -> tuple[list[list[Caption]], int]:
     """Caption the images of a batch, ``at_once`` at a time, or as many as fit into memory.
 
     Returns:
-        The captions by image id, and how many images fitted at a time.
+        The captions of each image, and how many images fitted at a time.
     """
-    captions: dict[ImageId, list[Caption]] = {}
-    done = 0
-    while done < len(images):
-        chunk = slice(done, done + at_once)
+    captions: list[list[Caption]] = []
+    while len(captions) < len(images):
+        chunk = slice(len(captions), len(captions) + at_once)
         results = _try_captions(captioner, pixels[chunk], images[chunk], search)
         if results is None:  # all that the failed try held is free again here
             at_once = _smaller(len(images[chunk]), captioner.device)
             continue
-        captions |= zip((image.image_id for image in images[chunk]), results, strict=True)
-        done += len(results)
+        captions += results
     return captions, at_once
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captioner.errors import CheckpointError, ConfigError, ImageError
+from captioner.errors import CheckpointError, ConfigError, ImageError, SearchError
 from captioner.inference.captioner import Captioner
 
 CPU = torch.device("cpu")
@@ -135,6 +135,30 @@ def test_what_is_no_image_is_refused(captioner, drawn, image, expected):
         captioner.caption(image)
     with pytest.raises(ImageError, match=expected):
         captioner.caption([drawn.paths[0], *(image if getattr(image, "ndim", 3) == 4 else [image])])
+
+
+def test_an_image_that_gives_nan_is_named(overflowing_model, tiny_model, drawn, tmp_path):
+    black = tmp_path / "black.png"
+    Image.new("RGB", (64, 64)).save(black)
+    expected = list(drawn.captions.values())
+    for models in (overflowing_model, [tiny_model, overflowing_model]):
+        captioner = Captioner(models, "cpu", "float32")
+        assert captioner.caption(drawn.paths) == expected
+        for images, name in (
+            (black, str(black)),
+            (Image.new("RGB", (9, 9)), "the image"),
+            ([*drawn.paths[:2], black, drawn.paths[2]], str(black)),
+            ([*drawn.paths[:2], Image.new("RGB", (9, 9))], "images[2]"),
+        ):
+            with pytest.raises(SearchError, match="gives NaN instead of probabilities") as caught:
+                captioner.caption(images)
+            assert str(caught.value).startswith(f"{name}: ")
+    captioner = Captioner(overflowing_model, "cpu", "float32")
+    pixels = torch.zeros(1, 3, 48, 48, dtype=torch.uint8)
+    assert captioner.captions(pixels, captioner.search(), attention=True) == [[]]
+    hypotheses = captioner.hypotheses(captioner.features(pixels), captioner.search())
+    with pytest.raises(SearchError, match="^1 of 1 images: the model gives NaN"):  # validation
+        captioner.model.best_captions(hypotheses)
 
 
 def test_captioning_leaves_the_model_as_it_was(tiny_model, captioner, drawn):

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 from conftest import draw
+from PIL import Image
 from run_commands import run_caption
 
 from captioner.commands import evaluate
 from captioner.data.predictions import read_predictions
 from captioner.inference.folder import caption_files, find_images
+from captioner.models.checkpoint import save_checkpoint
 
 ODD_NAMES = {
     "été/cliché déjà vu.png": ("red", "disc"),
@@ -90,7 +92,33 @@ def test_unreadable_files_are_named_and_the_rest_is_there(checkpoint, drawn, tmp
     for name in ("cut.png", "empty.jpg", "text.jpeg", "loop.png", "gone.png"):
         assert errors.count(f"warning: {folder / name}: ") == 1
     last = errors.splitlines()[-1]
-    assert last.startswith("5 of 13 images could not be read: cut.png, ")
+    assert last.startswith("5 of 13 images could not be captioned: cut.png, ")
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_an_image_that_gives_nan_is_one_failed_image(
+    overflowing_model, checkpoint, drawn, tmp_path, capsys, ensemble
+):
+    folder, output, without = (tmp_path / name for name in ("mixed", "mixed.jsonl", "good.jsonl"))
+    shutil.copytree(drawn.images, folder)
+    Image.new("RGB", (64, 64)).save(folder / "03 black.png")
+    (tmp_path / "overflowing").mkdir()
+    save_checkpoint(overflowing_model, tmp_path / "overflowing", {})
+    options = ["--ensemble", checkpoint] if ensemble else []
+    options += ["--n-best", 3, "--precision", "float32"]
+    assert run_caption(tmp_path / "overflowing", drawn.images, without, *options) == 0
+    assert run_caption(tmp_path / "overflowing", folder, output, *options) == 3
+    found, expected = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (output, without)
+    )
+    assert read_predictions(output) == drawn.captions
+    for row, other in zip(found, expected, strict=True):
+        scores, other_scores = row.pop("log_probabilities"), other.pop("log_probabilities")
+        assert scores == pytest.approx(other_scores, abs=1e-4)  # rounding depends on the batch
+        assert row == other
+    warning, last = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {folder / '03 black.png'}: the model gives NaN")
+    assert last == "1 of 9 images could not be captioned: 03 black.png"
 
 
 def test_a_folder_of_bad_images_alone(checkpoint, tmp_path):
@@ -179,7 +207,7 @@ def test_listed_but_missing_images_are_named(checkpoint, drawn, tmp_path, capsys
     assert len(read_predictions(output)) == 8
     error = capsys.readouterr().err
     assert f"{drawn.images / 'not here.jpg'}: no such file" in error
-    assert "1 of 9 images could not be read: not here.jpg" in error
+    assert "1 of 9 images could not be captioned: not here.jpg" in error
 
 
 def test_a_split_of_csv_annotations(checkpoint, drawn, tmp_path, capsys):
