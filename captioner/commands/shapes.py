@@ -10,14 +10,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from captioner.cli import HelpFormatter, command, program_name
+from captioner.cli import HelpFormatter, Parser, command, program_name
 from captioner.data.shapes_dataset import SPLITS, write_data_set
 from captioner.progress import log_line
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         program_name("shapes", "make_shapes.py"), description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument(

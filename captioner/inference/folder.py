@@ -1,4 +1,4 @@
-"""Captions for a folder of images."""
+"""Captions for image files and folders of them."""
 
 import os
 import zlib
@@ -29,7 +29,7 @@ class ImageFile:
 
     Attributes:
         image_id: What the results call it.
-        name: Its path below the folder, with ``/`` between the parts.
+        name: Its path below the folder, or as it was given; with ``/`` between the parts.
         path: Where it is.
     """
 
@@ -38,15 +38,35 @@ class ImageFile:
     path: Path
 
 
-def find_images(folder: str | Path) -> list[ImageFile]:
-    """Return the images in a folder and the folders below it, by name.
+def find_images(inputs: str | Path | Sequence[str | Path]) -> list[ImageFile]:
+    """Return the images that files and folders name, in their order.
+
+    A folder stands for the images in it and in the folders below it, by name. A file is taken for
+    an image whatever its suffix.
+
+    Ids are names. Of a single folder, an image's name is its path below the folder; of anything
+    else it is the path as given: the file's own, or the folder's with the path below it. So no two
+    images have the same id, and one that is given twice comes once.
 
     Raises:
-        DataError: The folder is missing or holds no image.
+        DataError: A file or folder is missing, or there is no image.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+    paths = [Path(path) for path in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+    for path in paths:
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such file or folder")
+    images: dict[str, ImageFile] = {}
+    for path in paths:
+        for file in _files_below(path) if os.path.isdir(path) else [path]:
+            named = file.relative_to(path) if len(paths) == 1 and file != path else file
+            images.setdefault(named.as_posix(), ImageFile(named.as_posix(), named.as_posix(), file))
+    if not images:
+        raise DataError(f"{name_some(paths)}: no image to caption")
+    return list(images.values())
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder whose names say that they are images, and report the others."""
     found, others = [], 0
     for parent, folders, names in os.walk(folder, onerror=_report):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -55,11 +75,10 @@ def find_images(folder: str | Path) -> list[ImageFile]:
             if name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
                 others += 1
             else:
-                relative = path.relative_to(folder).as_posix()
-                found.append(ImageFile(relative, relative, path))
+                found.append(path)
     if not found:
-        raise DataError(f"{folder}: no image files (of {others} files none ends in .jpg, .png, …)")
-    if others:
+        log_line(f"warning: {folder}: no image files (of {others} none ends in .jpg, .png, …)")
+    elif others:
         log_line(f"{folder}: {others} files are passed over: hidden, or no images by their suffix")
     return found
 
@@ -76,8 +95,10 @@ def listed_images(
     """Return the images that a captions file lists, with its ids.
 
     Raises:
-        DataError: The file can't be read, or lists no file names.
+        DataError: The folder is missing; the file can't be read, or lists no file names.
     """
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: no such folder")
     images = read_annotations(annotations, split).images
     nameless = [image.image_id for image in images if not image.file_name]
     if nameless:
