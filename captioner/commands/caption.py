@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         help="further checkpoints, with the same vocabulary: probabilities are averaged",
     )
     _add_search_settings(parser)
+    _add_machine_settings(parser)
+    return parser
+
+
+def _add_machine_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=0, help="images at a time; 0 is what fits into memory"
     )
@@ -87,7 +92,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", "bfloat16", "float32"],
         help="auto is bfloat16 where the device computes in it",
     )
-    return parser
 
 
 class _NegatedFlag(argparse.Action):

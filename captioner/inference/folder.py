@@ -131,8 +131,7 @@ def caption_files(
         workers: Processes (GPU) or threads (CPU) that read images; -1 takes one a core.
 
     Returns:
-        The captions by image id, best first, and for each image that couldn't be read, or for
-        which the model gives NaN, its name and why.
+        The captions by image id, best first; and why, by name, images couldn't be captioned.
 
     Raises:
         CaptionerError: Even a single image is too much.
@@ -149,19 +148,18 @@ def caption_files(
     )
     with Progress("captioning", len(images), "image") as bar:
         for batch in loaded:
-            failures = {images[index].name: message for index, message in batch.failures}
-            bar.update(len(failures))
             readable = [images[index] for index in batch.indices]
             results, at_once = _caption_batch(captioner, batch.pixels, readable, search, at_once)
+            failures = [(images[index], message) for index, message in batch.failures]
             for image, best in zip(readable, results, strict=True):
                 if best:
                     captions[image.image_id] = best
                 else:
-                    failures[image.name] = f"{image.path}: {NO_PROBABILITIES}"
-            for message in failures.values():
+                    failures.append((image, f"{image.path}: {NO_PROBABILITIES}"))
+            for image, message in failures:
+                failed[image.name] = message
                 log_line(f"warning: {message}")
-            failed |= failures
-            bar.update(len(readable))
+            bar.update(len(batch.indices) + len(batch.failures))
     return captions, failed
 
 

@@ -1,5 +1,6 @@
 """Captioner: whatever form images come in, the same captions come out."""
 
+import io
 import random
 from pathlib import Path
 
@@ -36,6 +37,30 @@ def test_every_form_of_an_image_gives_the_same_caption(captioner, drawn):
         assert captioner.caption(forms) == [caption] * len(forms)
 
 
+def test_arrays_bytes_and_open_files_are_images(captioner, drawn):
+    for path in drawn.paths:
+        image = Image.open(path)
+        opaque = np.array(image.convert("RGBA"))
+        with open(path, "rb") as file:
+            forms = [
+                *(np.array(image), opaque, np.asfortranarray(np.array(image))),
+                *(path.read_bytes(), bytearray(path.read_bytes()), io.BytesIO(path.read_bytes())),
+                file,
+            ]
+            assert [captioner.caption(form) for form in forms] == [drawn.captions[path.name]] * 7
+            assert captioner.caption(forms) == [drawn.captions[path.name]] * 7
+    grey = image.convert("L")
+    expected = captioner.describe(grey)[0]
+    assert captioner.describe(np.array(grey))[0] == expected
+    assert captioner.describe(np.array(grey)[..., None])[0] == expected
+    clear = opaque.copy()
+    clear[..., 3] = 0  # transparency is white, as in a file
+    assert captioner.describe(clear)[0] == captioner.describe(np.full_like(opaque, 255))[0]
+    pair = np.stack([np.array(image)] * 2)
+    assert captioner.caption(pair) == [drawn.captions[path.name]] * 2
+    assert captioner.caption(np.array([str(path)])) == [drawn.captions[path.name]]
+
+
 def test_float_and_uint8_tensors_are_the_same_pixels(captioner, drawn, monkeypatch):
     """All 256 values, in single precision, come back as they were."""
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
@@ -62,6 +87,33 @@ def test_one_gives_text_and_many_give_a_list(captioner, drawn):
     assert captioner.caption(torch.stack(square)) == [expected[0]] * 3
     assert captioner.caption(torch.stack(square)[:1] / 255) == expected[:1]
     assert captioner.caption(torch.empty(0, 3, 8, 8)) == []
+    one, several = captioner.describe(paths[0]), captioner.describe(paths)
+    assert [caption.text for caption in one] == expected[:1]
+    assert [[caption.text for caption in best] for best in several] == [[e] for e in expected]
+    assert captioner.describe([paths[0]])[0][0].text == expected[0]
+
+
+def test_scores_are_what_captions_are_ranked_by(captioner, drawn):
+    for settings in (
+        {"n_best": 3, "beam_size": 5},
+        {"n_best": 3, "beam_size": 5, "length_penalty": 2.0},
+        {"n_best": 4, "samples": 4, "temperature": 8.0, "top_k": 5},
+    ):
+        penalty = captioner.search(**settings).length_penalty
+        for captions in captioner.describe(drawn.paths, **settings):
+            scores = [caption.score for caption in captions]
+            assert scores == sorted(scores, reverse=True)
+            for caption in captions:
+                length = len(caption.text.split()) + 1
+                expected = caption.log_probability / length**penalty
+                assert caption.score == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("settings", [{"n_best": 2}, {"samples": 3}, {"samples": 2, "n_best": 2}])
+def test_several_captions_are_asked_of_describe(captioner, drawn, settings):
+    with pytest.raises(ConfigError, match=r"caption gives one caption of an image; describe"):
+        captioner.caption(drawn.paths[0], **settings)
+    assert isinstance(captioner.caption(drawn.paths[0], n_best=1, samples=1, seed=3), str)
 
 
 @pytest.mark.parametrize("beam_size", [1, 4])
@@ -128,6 +180,15 @@ def test_impossible_settings_are_refused(captioner, drawn, settings, expected):
         (torch.full((3, 8, 8), 200), "found torch.int64"),
         (torch.zeros(8, 8, 3), r"\(3, H, W\) was expected, found \(8, 8, 3\)"),
         (torch.zeros(2, 4, 8, 8), r"\(3, H, W\) was expected, found \(4, 8, 8\)"),
+        (torch.zeros(8, 8), r"\(3, H, W\) was expected, found \(8, 8\)"),
+        (np.zeros((3, 8, 9), np.uint8), r"array \(H, W, 3\), .* found \(3, 8, 9\)"),
+        (np.zeros((8, 8, 3)), "pixels as uint8, found float64"),
+        (np.zeros((0, 8, 3), np.uint8), r"found uint8 of shape \(0, 8, 3\)"),
+        (b"GIF", r"not a readable image \(no known format\)"),
+        (io.BytesIO(b"\xff\xd8\xff"), "not a readable image"),
+        (io.StringIO("text"), "not a readable image"),
+        (None, "expected, found NoneType"),
+        (7, "expected, found int"),
     ],
 )
 def test_what_is_no_image_is_refused(captioner, drawn, image, expected):
