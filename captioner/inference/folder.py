@@ -139,13 +139,9 @@ def caption_files(
     captions: dict[ImageId, list[Caption]] = {}
     failed: dict[str, str] = {}
     at_once = batch_size or _fitting(captioner, search)
-    loaded = load_pixels(
-        [image.path for image in images],
-        captioner.model.encoder.preprocessing,
-        in_batches(len(images), at_once),
-        captioner.device,
-        workers,
-    )
+    preprocessing = captioner.model.encoder.preprocessing
+    paths, batches = [image.path for image in images], in_batches(len(images), at_once)
+    loaded = load_pixels(paths, preprocessing, batches, captioner.device, workers)
     with Progress("captioning", len(images), "image") as bar:
         for batch in loaded:
             readable = [images[index] for index in batch.indices]
