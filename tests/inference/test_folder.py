@@ -252,6 +252,13 @@ def test_names_are_printed_escaped(checkpoint, tmp_path, capsys):
     assert all(name in lines[-1] for name in escaped)
 
 
+def test_output_into_a_name_that_is_not_utf8(checkpoint, drawn, tmp_path, capsys):
+    output = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv"))
+    assert run_caption(checkpoint, drawn.images, output) == 0
+    assert read_predictions(output) == drawn.captions
+    assert capsys.readouterr().out == f"8 captions in {tmp_path}/caf\\udce9.csv\n"
+
+
 def test_cells_that_a_spreadsheet_takes_for_formulas(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("images").mkdir()
