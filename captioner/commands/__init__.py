@@ -10,7 +10,7 @@ from captioner.version import __version__
 
 COMMANDS = {
     "train": "train a captioner from an experiment file",
-    "caption": "caption a folder of images",
+    "caption": "caption images and folders of them",
     "evaluate": "score captions against references",
     "shapes": "draw the data set of rendered scenes",
     "check_shapes": "say whether captions of rendered scenes are true",

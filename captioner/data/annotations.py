@@ -295,13 +295,7 @@ def _csv_lines(
     path: Path, text: str, delimiter: str, quoting: Literal[0, 3]
 ) -> list[tuple[int, list[str]]]:
     """Return the cells of each row that isn't blank, with the number of its first line."""
-    reader = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=delimiter,
-        quoting=quoting,
-        skipinitialspace=True,
-        strict=True,  # else a quote that isn't closed swallows the rest of the file
-    )
+    reader = csv_reader(text, delimiter=delimiter, quoting=quoting, skipinitialspace=True)
     lines, number = [], 1
     try:
         for cells in reader:
@@ -340,6 +334,13 @@ def _chosen_splits(path: Path, split: str | None, sizes: Counter[str]) -> set[st
             f"{path}: no image has split '{name}'{hint} (there are {', '.join(sorted(sizes))})"
         )
     return chosen
+
+
+def csv_reader(text: str, **form: Any) -> Any:
+    """Return a ``csv.reader`` over a text, for captions of any length; ``form`` as it takes it."""
+    csv.field_size_limit(2**31 - 1)  # the greatest everywhere; it is one for the whole process
+    # strict: else a quote that isn't closed swallows the rest of the file
+    return csv.reader(io.StringIO(text, newline=""), strict=True, **form)
 
 
 def _lines(text: str) -> list[str]:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
-from PIL import ExifTags, IcoImagePlugin, Image, JpegImagePlugin, TiffImagePlugin
+from PIL import (
+    ExifTags,
+    IcoImagePlugin,
+    Image,
+    JpegImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from captioner.errors import ConfigError, ImageError
 from captioner.files import open_regular
@@ -32,6 +39,7 @@ ImageSource = str | Path | bytes | BinaryIO | Image.Image
 # Waits until so many bytes may be used; they are, within the context.
 Reserve = Callable[[int], contextlib.AbstractContextManager[object]]
 
+UNNAMED = "the image given"  # what messages call an image without a name
 MAX_MEGAPIXELS_VARIABLE = "CAPTIONER_MAX_MEGAPIXELS"
 MAX_MEGAPIXELS = 64.0
 MOST_ICON_PIXELS = 1 << 20
@@ -79,6 +87,8 @@ def load_image(
         raise
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not a readable image (no known format)") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: more pixels than Pillow reads; scale it down") from None
     # Pillow's decoders raise almost anything on damaged files, and one of them must not end a
@@ -164,7 +174,7 @@ def _name(source: ImageSource) -> str:
     if isinstance(source, (str, Path)):
         return str(source)
     name = getattr(source, "filename" if isinstance(source, Image.Image) else "name", "")
-    return name if name and isinstance(name, str) else "the image given"
+    return name if name and isinstance(name, str) else UNNAMED
 
 
 # --- limits -----------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_checkpoints_of_format_1_load_and_give_the_same_captions(folder):
     captioner = Captioner.from_pretrained(folder, "cpu", "float32")
     for colour, captions in json.loads((folder / "captions.json").read_text()).items():
         picture = Image.new("RGB", (32, 32), colour)
-        (described,) = captioner.describe(picture, beam_size=3, n_best=3)
+        described = captioner.describe(picture, beam_size=3, n_best=3)
         assert [caption.text for caption in described] == [text for text, _ in captions]
         log_probabilities = [caption.log_probability for caption in described]
         assert log_probabilities == pytest.approx([score for _, score in captions], abs=1e-4)

@@ -39,6 +39,8 @@ def test_the_command_writes_the_n_best(checkpoint, drawn, captioner, tmp_path, c
         assert len(set(row["captions"])) == 3
         scores = [caption.log_probability for caption in captions]
         assert row["log_probabilities"] == pytest.approx(scores, abs=1e-4)
+        scores = [caption.score for caption in captions]
+        assert row["scores"] == pytest.approx(scores, abs=1e-4)
         assert row["caption"] == best[row["image_id"]] == row["captions"][0]
     for suffix in (".json", ".csv"):
         other = tmp_path / f"other{suffix}"
@@ -55,7 +57,7 @@ def test_the_command_says_when_nothing_is_found(checkpoint, drawn, tmp_path, cap
     assert set(captions_of(checkpoint, drawn, output, *options).values()) == {""}
     assert "8 captions are empty, no caption that met the settings" in capsys.readouterr().err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert all(row["log_probabilities"] == [None] for row in rows)
+    assert all(row["log_probabilities"] == row["scores"] == [None] for row in rows)
 
 
 def test_the_command_samples_by_seed_and_image_alone(checkpoint, drawn, tmp_path):
