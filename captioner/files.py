@@ -58,7 +58,7 @@ def read_text(
     """
     with error_naming(path, error), open_regular(path) if regular else open(path, "rb") as file:
         text = file.read().decode("utf-8-sig")
-    return text
+    return text  # noqa: RET504 (mypy thinks that a context manager may swallow an error)
 
 
 @contextlib.contextmanager
@@ -262,7 +262,7 @@ def open_together(
 
 
 def _has_name(file: BinaryIO | None, path: Path) -> bool:
-    """Whether a path still leads to an open file; without a file, whether it still leads nowhere."""
+    """Whether a path still leads to an open file, or still nowhere where there is no file."""
     try:
         status = os.stat(path)
     except OSError:

@@ -356,7 +356,7 @@ def test_files_opened_together_are_all_there_or_one_is_named(tmp_path):
     with pytest.raises(DataError, match="last/d: this is a folder"):
         open_together(tmp_path / "last", ["a"], ["d"])
     os.mkfifo(tmp_path / "last/pipe")
-    with pytest.raises(DataError, match="last/pipe: .*not a regular file"):
+    with pytest.raises(DataError, match=r"last/pipe: .*not a regular file"):
         open_together(tmp_path / "last", ["pipe"])
     for name in ("none", "a" * 300, "nul\0"):
         with pytest.raises(DataError):
