@@ -98,11 +98,13 @@ def load_pickled(file: BinaryIO) -> Any:
 
 
 def reason_of(error: Exception) -> str:
-    """Return in one line why weights can't be read; torch's messages are long, and unwise."""
+    """Return in one line why weights can't be read."""
     if isinstance(error, pickle.UnpicklingError):
-        # It advises to load the file in the way that runs code from it.
         if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             return f"it calls {wanted[1]}"
-    elif isinstance(error, OSError | RuntimeError | SafetensorError) and str(error):
-        return str(error).splitlines()[0][:300]
+    elif isinstance(error, OSError | RuntimeError | SafetensorError):
+        reason = str(error).partition("\n")[0][:300]
+        # Some of torch's messages advise to load the file in the way that runs code from it.
+        if reason and "weights_only" not in reason:
+            return reason
     return "it is damaged or of another format"

@@ -187,9 +187,10 @@ def _check_content(state: Any, path: Path) -> None:
     """Raise a ValueError or ConfigError unless a state holds what ``pack_state`` puts there."""
     if not isinstance(state, dict):
         raise ValueError(f"a dict was expected, found {type(state).__name__}")
-    if state.get("format", 1) != FORMAT:
+    state_format = state.get("format", 1)
+    if not isinstance(state_format, int) or state_format != FORMAT:
         raise CheckpointError(
-            f"{path}: written by another version of captioner (format {state.get('format', 1)}, "
+            f"{path}: written by another version of captioner (format {state_format!s:.20}, "
             f"{FORMAT} was expected): finish the run with that version, or start a new one"
         )
     for name, kind in STATE_CONTENT.items():
