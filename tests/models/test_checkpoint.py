@@ -17,10 +17,14 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from captioner.config import SearchConfig
+from captioner.config import DecoderConfig, SearchConfig
+from captioner.data.images import Preprocessing
+from captioner.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioner.errors import CheckpointError
 from captioner.inference.captioner import Captioner
+from captioner.models.captioning_model import CaptioningModel
 from captioner.models.checkpoint import load_checkpoint, save_checkpoint
+from captioner.models.encoder import Encoder
 
 ROOT = Path(__file__).parents[2]
 FORMAT_1 = sorted(Path(__file__).with_name("checkpoints_format_1").iterdir())
@@ -94,6 +98,35 @@ def test_the_oldest_checkpoints_load_too(tmp_path, kind):
     loaded, expected = load_checkpoint(folder), load_checkpoint(source)
     for one, other in zip(loaded.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["mnasnet0_5", "regnet_x_400mf", "shufflenet_v2_x0_5"])
+def test_cnns_that_are_built_in_their_own_ways_come_back(name, tmp_path):
+    """A version that MNASNet asks for, and sizes that RegNet computes with tensors."""
+    preprocessing = Preprocessing("squash", 32, 32)
+    vocabulary = Vocabulary([*SPECIAL_WORDS, "a"])
+    decoder = DecoderConfig("show_and_tell", embedding_size=4, hidden_size=4)
+    model = CaptioningModel(Encoder(name, preprocessing), decoder, vocabulary, SearchConfig())
+    save_checkpoint(model, tmp_path, {})
+    loaded = load_checkpoint(tmp_path)
+    for part, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[part], tensor)
+    assert not any(parameter.requires_grad for parameter in loaded.encoder.parameters())
+    assert all(parameter.requires_grad for parameter in loaded.decoder.parameters())
+    assert loaded.encoder.grid_shape == model.encoder.grid_shape
+    pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert torch.equal(loaded.encoder(pixels), model.eval().encoder(pixels))
+
+
+def test_a_loaded_model_does_not_lean_on_its_file(checkpoint):
+    """Weights that were only mapped from it would change, or crash, with it."""
+    path = checkpoint / "model.safetensors"
+    loaded = load_checkpoint(checkpoint)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, before[name])
 
 
 def test_needs_nothing_but_its_directory(checkpoint, drawn, tmp_path):
