@@ -17,11 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
+from captioner.config import check_between
 from captioner.data.image_files import ImageSource, Reserve, load_image, max_pixels
-from captioner.errors import ImageError
+from captioner.errors import ConfigError, ImageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+RESIZES, INTERPOLATIONS = ("crop", "squash"), ("bilinear", "bicubic")
 
 # A strip longer than this times its width is cut before it is scaled: 10 x 100,000 pixels would
 # otherwise become 224 x 2,240,000. The centre square is the same.
@@ -35,10 +38,14 @@ class Preprocessing:
     Attributes:
         resize: "crop" (shorter side to ``resize_size``, then the centre square) or "squash" (the
             whole image to the square).
-        image_size: Side of the square, in pixels.
-        resize_size: Length of the shorter side before the cut, in pixels.
+        image_size: Side of the square, 1 to 2,048 pixels.
+        resize_size: Length of the shorter side before the cut, 1 to 4,096 pixels.
         interpolation: "bilinear" or "bicubic".
-        mean, std: Subtracted from and divides red, green, blue (0 to 1), inside the encoder.
+        mean, std: Subtracted from and divides red, green, blue (0 to 1), inside the encoder; at
+            most 1e6, and the latter at least 1e-6.
+
+    Raises:
+        ConfigError: A value is another or impossible.
     """
 
     resize: str = "crop"
@@ -47,6 +54,28 @@ class Preprocessing:
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        check_between(self, image_size=(1, 2048), resize_size=(1, 4096))
+        for name, known in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(
+                    f"preprocessing.{name}: '{known[0]}' or '{known[1]}' was expected, found "
+                    f"{value!r}"
+                )
+        if self.resize == "crop" and self.resize_size < self.image_size:
+            raise ConfigError(
+                f"preprocessing.resize_size ({self.resize_size}) must be at least "
+                f"preprocessing.image_size ({self.image_size})"
+            )
+        for name, least in (("mean", -1e6), ("std", 1e-6)):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(least <= value <= 1e6 for value in values):
+                raise ConfigError(
+                    f"preprocessing.{name}: three numbers from {least:g} to 1e+06 were expected, "
+                    f"found {values}"
+                )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the pixels of an RGB image: (3, image_size, image_size), uint8."""

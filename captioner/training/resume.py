@@ -1,21 +1,22 @@
 """What a run needs to go on where it stopped, as if it had never been interrupted."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import pickle
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from captioner.checksums import CHECKSUMS_FILE, check_sha256, read_checksums, sha256_of
 from captioner.config import Config
 from captioner.data.dataset import CaptionDataset
 from captioner.errors import CheckpointError, ConfigError
 from captioner.experiment_file import parse
-from captioner.files import recover_directory
+from captioner.files import open_together, parse_json, recover_directory
+from captioner.models.weights import load_pickled
 from captioner.progress import log_line
 
 STATE_FILE = "training_state.pt"
@@ -129,8 +130,6 @@ def load_training_state(output_dir: Path, config: Config, resume: bool) -> dict[
     """
     for name in ("last", "best"):
         recover_directory(output_dir / name)
-        for half_written in output_dir.glob(f".{name}.*.tmp"):  # by a process that was killed
-            shutil.rmtree(half_written, ignore_errors=True)
     path = output_dir / "last" / STATE_FILE
     if not resume and ((output_dir / "last").exists() or (output_dir / "best").exists()):
         raise ConfigError(
@@ -142,20 +141,68 @@ def load_training_state(output_dir: Path, config: Config, resume: bool) -> dict[
     if not path.exists():
         log_line(f"nothing to resume in {output_dir}: starting from the beginning")
         return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state_format = state.get("format", 1)
-        # Settings that are newer than the run take their defaults.
-        saved = parse(Config, json.loads(state["config"]), str(path)).to_dict()
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
-    if state_format != FORMAT:
-        raise CheckpointError(
-            f"{path}: written by another version of captioner (format {state_format}, {FORMAT} was "
-            "expected): finish the run with that version, or start a new one"
-        )
-    _check_same_settings(saved, config.to_dict(), output_dir)
+    state = _read_state(path)
+    # Settings that are newer than the run take their defaults.
+    saved = parse(Config, parse_json(state["config"], str(path), CheckpointError), str(path))
+    _check_same_settings(saved.to_dict(), config.to_dict(), output_dir)
     return state
+
+
+# What a state holds: see ``pack_state``.
+STATE_CONTENT = {
+    "config": str,
+    "train_state": dict,
+    "circumstances": dict,
+    "optimizer": dict,
+    "rng": torch.Tensor,
+    "rng_cuda": list,
+}
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return a state that holds what ``pack_state`` puts there.
+
+    Raises:
+        CheckpointError: It is damaged, something else, or of another version.
+    """
+    files = open_together(path.parent, [STATE_FILE], [CHECKSUMS_FILE], CheckpointError)
+    with contextlib.ExitStack() as opened:
+        for file in files.values():
+            opened.enter_context(file)
+        checksums = read_checksums(files.get(CHECKSUMS_FILE), path.parent)
+        check_sha256(sha256_of(files[STATE_FILE]), path, checksums)
+        files[STATE_FILE].seek(0)
+        try:
+            state = load_pickled(files[STATE_FILE])
+            _check_content(state, path)
+        except (ValueError, ConfigError) as error:
+            raise CheckpointError(
+                f"{path}: not a training state that can be resumed ({error}); copy the run again, "
+                "or start a new one in another --output-dir"
+            ) from None
+    return state
+
+
+def _check_content(state: Any, path: Path) -> None:
+    """Raise a ValueError or ConfigError unless a state holds what ``pack_state`` puts there."""
+    if not isinstance(state, dict):
+        raise ValueError(f"a dict was expected, found {type(state).__name__}")
+    state_format = state.get("format", 1)
+    if not isinstance(state_format, int) or state_format != FORMAT:
+        raise CheckpointError(
+            f"{path}: written by another version of captioner (format {state_format!s:.20}, "
+            f"{FORMAT} was expected): finish the run with that version, or start a new one"
+        )
+    for name, kind in STATE_CONTENT.items():
+        if not isinstance(state.get(name), kind):
+            found = type(state[name]).__name__ if name in state else "nothing"
+            raise ValueError(f"'{name}': {kind.__name__} was expected, found {found}")
+    parse(TrainState, state["train_state"], "train_state")
+    parse(Circumstances, state["circumstances"], "circumstances")
+    try:
+        torch.Generator().set_state(state["rng"])
+    except (RuntimeError, TypeError):
+        raise ValueError("'rng': not the state of a random generator") from None
 
 
 def _check_same_settings(saved: dict[str, Any], given: dict[str, Any], output_dir: Path) -> None:
@@ -191,9 +238,19 @@ def pack_state(
 def unpack_state(
     packed: dict[str, Any], optimizer: torch.optim.Optimizer, device: torch.device
 ) -> TrainState:
-    """Return the saved state, and set optimiser and random generators to where they were."""
+    """Return the saved state, and set optimiser and random generators to where they were.
+
+    Raises:
+        CheckpointError: The optimiser is that of another model.
+    """
     state = TrainState(**packed["train_state"])
-    optimizer.load_state_dict(packed["optimizer"])
+    try:
+        optimizer.load_state_dict(packed["optimizer"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"last/{STATE_FILE}: its optimiser isn't that of this model ({error}); start a new run "
+            "in another --output-dir"
+        ) from None
     torch.set_rng_state(packed["rng"])
     if device.type == "cuda" and len(packed["rng_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(packed["rng_cuda"])

@@ -331,7 +331,6 @@ class Trainer:
         if name == "best":
             scores |= self.state.best_scores
         with atomic_directory(self.output_dir / name) as aside:
-            save_checkpoint(self.model, aside, scores)
             if captions is not None:
                 rows = [{"image_id": i, "caption": text} for i, text in captions.items()]
                 write_predictions(aside / "val_predictions.json", rows)
@@ -340,6 +339,7 @@ class Trainer:
                     self.state, self.circumstances, self.config, self.optimizer, self.device
                 )
                 torch.save(packed, aside / STATE_FILE)
+            save_checkpoint(self.model, aside, scores)  # last: its checksums are of all files
 
 
 class Meter:

@@ -201,6 +201,10 @@ def test_the_best_checkpoint_is_that_of_the_metric_asked_for(experiment, tmp_pat
     assert scores.keys() == {*METRICS} - {"CIDEr", "METEOR", "SPICE"}
     kept = json.loads((tmp_path / "run/best/config.json").read_text())["scores"]
     assert kept["epoch"] == best["epoch"]
+    for name in ("best", "last"):  # all its files have a checksum
+        lines = (tmp_path / "run" / name / "SHA256SUMS").read_text().splitlines()
+        listed = {line.split("  ")[1] for line in lines} | {"SHA256SUMS"}
+        assert listed == {path.name for path in (tmp_path / "run" / name).iterdir()}
     predictions = read_predictions(tmp_path / "run/best/val_predictions.json")
     references = {
         image.image_id: image.captions for image in read_annotations(tmp_path / "val.json").images
@@ -294,6 +298,7 @@ def test_resume_refuses_another_precision(experiment, tmp_path):
     state = torch.load(path, weights_only=True)
     state["circumstances"]["precision"] = "float16"
     torch.save(state, path)
+    path.with_name("SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="computed in float16, and here it would be"):
         train(config, out, resume=True)
 
@@ -305,6 +310,7 @@ def test_resume_refuses_the_state_of_an_earlier_version(experiment, tmp_path):
     state = torch.load(path, weights_only=True)
     del state["format"]
     torch.save(state, path)
+    path.with_name("SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="another version of captioner"):
         train(config, out, resume=True)
 
@@ -337,6 +343,7 @@ def test_resume_never_runs_code_from_the_state(experiment, tmp_path):
     out = tmp_path / "run"
     train(load_config(experiment, ["training.epochs=1"]), out)
     torch.save({"config": _Trap(tmp_path / "trapped")}, out / "last" / "training_state.pt")
+    (out / "last/SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="training_state"):
         train(load_config(experiment, ["training.epochs=1"]), out, resume=True)
     assert not (tmp_path / "trapped").exists()
@@ -359,6 +366,7 @@ def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(experiment, tm
     tensors = weights_of(out / "last")
     tensors["decoder.output.bias"].fill_(math.inf)
     safetensors.torch.save_file(tensors, out / "last/model.safetensors")
+    (out / "last/SHA256SUMS").unlink()
     with pytest.raises(
         TrainingError, match=r"step 19: the loss is (nan|inf).*learning rate of .*last"
     ):
@@ -458,6 +466,7 @@ def test_a_window_trains_and_a_run_from_before_there_were_windows_goes_on(experi
         for name in names:
             del saved[section][name]
     torch.save(state | {"config": json.dumps(saved)}, path)
+    path.with_name("SHA256SUMS").unlink()
     train(load_config(experiment, settings[:1]), tmp_path / "old", resume=True)
     with pytest.raises(CheckpointError, match="bptt_window = 0"):
         train(load_config(experiment, settings), tmp_path / "old", resume=True)
