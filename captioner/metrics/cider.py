@@ -75,9 +75,10 @@ class DocumentFrequencies:
 
     def digest(self) -> str:
         """Return 12 hexadecimal digits that tell other document frequencies from these."""
-        lines = (f"{ngram}\t{count}\n" for ngram, count in sorted(self.counts.items()))
-        content = f"{self.images}\n{''.join(lines)}".encode("utf-8", "backslashreplace")
-        return hashlib.sha256(content).hexdigest()[:12]
+        ngrams = sorted(self.counts)
+        digest = hashlib.sha256("\n".join(ngrams).encode("utf-8", "backslashreplace"))
+        digest.update(repr((self.images, [self.counts[ngram] for ngram in ngrams])).encode())
+        return digest.hexdigest()[:12]
 
 
 def cider(
