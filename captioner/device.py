@@ -74,9 +74,18 @@ def keep_freed_memory() -> None:
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
+        mallopt(arena_max, 1)  # else each thread that reads images would keep its own
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 32 << 20)  # the most that glibc accepts
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library return what it keeps of freed memory to the system, if it is glibc."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
 
 
 def free_memory(device: torch.device) -> int:

@@ -7,7 +7,6 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -35,13 +34,14 @@ IMAGE_SUFFIXES = {
 }
 
 # What an image may be: a path, the content of a file, an open binary file, or Pillow's image.
-ImageSource = str | Path | bytes | BinaryIO | Image.Image
-# Waits until so many bytes may be used; they are, within the context.
-Reserve = Callable[[int], contextlib.AbstractContextManager[object]]
+ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+# Waits until so many bytes may be used.
+Reserve = Callable[[int], object]
 
 UNNAMED = "the image given"  # what messages call an image without a name
 MAX_MEGAPIXELS_VARIABLE = "CAPTIONER_MAX_MEGAPIXELS"
 MAX_MEGAPIXELS = 64.0
+MOST_BYTES_OF_PIXEL = 16  # in a file
 MOST_ICON_PIXELS = 1 << 20
 # Each scan of a progressive JPEG is another pass over all its pixels; encoders write about 10.
 USUAL_SCANS = 16
@@ -55,7 +55,7 @@ TILE_WIDTH, TILE_LENGTH = 322, 323  # of TIFF
 
 
 def load_image(
-    source: ImageSource, least: int = 0, reserve: Reserve = contextlib.nullcontext
+    source: ImageSource, least: int = 0, reserve: Reserve | None = None, name: str = ""
 ) -> Image.Image:
     """Read an image as upright RGB, whatever its mode, bit depth or rotation.
 
@@ -68,21 +68,23 @@ def load_image(
         least: A large JPEG may come out at 1/2, 1/4 or 1/8 of its size, which its decoder does for
             next to nothing, as long as both sides keep this many pixels; and any image of more
             than 16 megapixels scaled down by a whole number. 0 keeps the size.
-        reserve: Waits until so much memory may be used.
+        reserve: Called, before the image is decoded, with how many bytes that takes.
+        name: What messages call the image; by default its path.
 
     Raises:
         ImageError: It can't be read, or it is too large (``max_pixels``); the message names the
             file and the reason.
         MemoryError: There is too little memory for it.
     """
-    name = _name(source)
+    name = name or _name(source)
     try:
         with _opened(source) as image:
             if least:
                 image.draft(None, (least, least))
-            with reserve(_check_size(image, name, least)):
-                image.load()
-                return to_rgb(image, least)
+            size = _check_size(image, name, least)
+            if reserve:
+                reserve(size)
+            return to_rgb(image, least)
     except (ImageError, ConfigError, MemoryError):
         raise
     except FileNotFoundError:
@@ -131,8 +133,8 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
     with contextlib.ExitStack() as stack:
         if isinstance(source, Image.Image):
             yield _read_again(source, stack)
-        elif isinstance(source, (str, Path)):
-            yield _open_file(stack.enter_context(open_regular(source)))
+        elif isinstance(source, (str, os.PathLike)):
+            yield _open_file(stack.enter_context(open_regular(os.fspath(source))))
         elif isinstance(source, bytes):
             yield _open_file(io.BytesIO(source))
         else:
@@ -153,6 +155,8 @@ def _read_again(image: Image.Image, stack: contextlib.ExitStack) -> Image.Image:
 
 
 def _open_file(file: BinaryIO) -> Image.Image:
+    if file.seek(0, os.SEEK_END) > MOST_BYTES_OF_PIXEL * max_pixels():  # some are read as a whole
+        raise ValueError(f"a file of {file.tell() / 1e9:.1f} GB")
     file.seek(0)
     if file.read(4) == b"\0\0\1\0":
         _check_icon(file)
@@ -171,8 +175,8 @@ def _formats() -> tuple[str, ...]:
 
 
 def _name(source: ImageSource) -> str:
-    if isinstance(source, (str, Path)):
-        return str(source)
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
     name = getattr(source, "filename" if isinstance(source, Image.Image) else "name", "")
     return name if name and isinstance(name, str) else UNNAMED
 

@@ -19,6 +19,7 @@ from torchvision.transforms import functional as transforms
 
 from captioner.config import check_between
 from captioner.data.image_files import ImageSource, Reserve, load_image, max_pixels
+from captioner.device import give_back_freed_memory
 from captioner.errors import ConfigError, ImageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -87,12 +88,15 @@ class Preprocessing:
             image = transforms.center_crop(image, [self.image_size, self.image_size])
         return transforms.pil_to_tensor(image)
 
-    def load(self, source: ImageSource, reserve: Reserve = contextlib.nullcontext) -> torch.Tensor:
+    def load(
+        self, source: ImageSource, reserve: Reserve | None = None, name: str = ""
+    ) -> torch.Tensor:
         """Return the pixels of an image: (3, image_size, image_size), uint8.
 
         Args:
             source: A path, bytes, an open binary file, or Pillow's image.
             reserve: As ``load_image`` takes it.
+            name: What messages call the image; by default its path.
 
         Raises:
             ImageError: It can't be read, or is too large.
@@ -100,7 +104,7 @@ class Preprocessing:
         """
         # At twice the size and more, what is scaled down beforehand can't be told apart after.
         least = 2 * (self.image_size if self.resize == "squash" else self.resize_size)
-        return self(load_image(source, least, reserve))
+        return self(load_image(source, least, reserve, name))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -201,7 +205,8 @@ class DecodingMemory:
     """What all readers of images may hold together while they decode: 1 GiB.
 
     An image that takes less than 16 MiB, as almost all do, isn't counted and waits for none; one
-    that takes more than all there is waits until it is the only one.
+    that takes more than all there is waits until it is the only one. In threads glibc may keep up
+    to 64 MiB for each, freed, unless ``keep_freed_memory`` was called.
 
     Args:
         processes: Whether the readers are processes; otherwise they are threads.
@@ -215,16 +220,22 @@ class DecodingMemory:
         self._turn = kind.Lock()  # two that wait with half of what they need would wait for ever
 
     @contextlib.contextmanager
-    def reserve(self, size: int) -> Iterator[None]:
-        """Wait until ``size`` bytes may be used; they are, within the context."""
-        count = min(size // self.BLOCK_BYTES, self.BLOCKS)
-        if count:
-            with self._turn:
-                for _ in range(count):
+    def reader(self) -> Iterator[Reserve]:
+        """Give a function that waits until so many bytes may be used: until the context ends."""
+        count = 0
+
+        def reserve(size: int) -> None:
+            nonlocal count
+            with self._turn if size >= self.BLOCK_BYTES else contextlib.nullcontext():
+                while count < min(size // self.BLOCK_BYTES, self.BLOCKS):
                     self._blocks.acquire()
+                    count += 1
+
         try:
-            yield
+            yield reserve
         finally:
+            if count:
+                give_back_freed_memory()  # else each thread would keep its own
             for _ in range(count):
                 self._blocks.release()
 
@@ -245,7 +256,8 @@ class _ImageFiles(Dataset):
             return index, None, str(error)
 
     def _load(self, index: int) -> torch.Tensor:
-        return self.preprocessing.load(self.paths[index], self.memory.reserve)
+        with self.memory.reader() as reserve:
+            return self.preprocessing.load(self.paths[index], reserve)
 
 
 def _collate(items: list[tuple[int, torch.Tensor | None, str]]) -> PixelBatch:
