@@ -54,8 +54,9 @@ def find_images(inputs: str | Path | Sequence[str | Path]) -> list[ImageFile]:
     images: dict[str, ImageFile] = {}
     for path in paths:
         for file in _files_below(path) if os.path.isdir(path) else [path]:
-            named = file.relative_to(path) if len(paths) == 1 and file != path else file
-            images.setdefault(named.as_posix(), ImageFile(named.as_posix(), named.as_posix(), file))
+            below = len(paths) == 1 and file != path
+            name = (file.relative_to(path) if below else file).as_posix()
+            images.setdefault(name, ImageFile(name, name, file))
     if not images:
         raise DataError(f"{name_some(paths)}: no image to caption")
     return list(images.values())

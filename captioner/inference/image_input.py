@@ -79,7 +79,7 @@ def _from_array(image: np.ndarray) -> Image.Image:
 
 
 def _to_uint8(image: Tensor) -> Tensor:
-    if image.dim() != 3 or len(image) not in (1, 3):
+    if image.dim() != 3 or len(image) not in (1, 3) or not image.numel():
         raise ImageError(f"{UNNAMED}: a tensor (3, H, W) was expected, found {tuple(image.shape)}")
     if image.dtype == torch.uint8:
         return image

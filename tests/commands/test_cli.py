@@ -225,8 +225,10 @@ def test_help_shows_defaults():
         "The defaults are the checkpoint's own settings. --beam-size BEAM_SIZE Hypotheses kept;",
         "cuda:N or mps (default: auto)",
         "computes in it (default: auto)",
+        "--no-repeat-word, --repeat-word No word directly follows itself. --repeat-word allows it.",
     ):
         assert line in shown
+    assert "--no-no-" not in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)

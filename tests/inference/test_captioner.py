@@ -181,6 +181,7 @@ def test_impossible_settings_are_refused(captioner, drawn, settings, expected):
         (torch.full((3, 8, 8), 200), "found torch.int64"),
         (torch.zeros(8, 8, 3), r"\(3, H, W\) was expected, found \(8, 8, 3\)"),
         (torch.zeros(2, 4, 8, 8), r"\(3, H, W\) was expected, found \(4, 8, 8\)"),
+        (torch.zeros(3, 0, 8), r"\(3, H, W\) was expected, found \(3, 0, 8\)"),
         (torch.zeros(8, 8), r"\(3, H, W\) was expected, found \(8, 8\)"),
         (np.zeros((3, 8, 9), np.uint8), r"array \(H, W, 3\), .* found \(3, 8, 9\)"),
         (np.zeros((8, 8, 3)), "pixels as uint8, found float64"),
