@@ -262,4 +262,20 @@ def test_tensors_of_nothing_in_the_model_are_refused(hostile):
     path = hostile / "model.safetensors"
     tensors = safetensors.torch.load_file(path) | {"critic.weight": torch.zeros(3)}
     safetensors.torch.save_file(tensors, path)
-    assert "doesn't fit config.json" in refusal(hostile)
+    assert "no part of a captioner is called critic" in refusal(hostile)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E8M0", "F8_E4M3", "U64", "BOOL", "X9"])
+def test_tensors_of_any_dtype_are_read_or_refused(hostile, dtype):
+    path = hostile / "model.safetensors"
+    header = json.dumps({"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert refusal(hostile).startswith("/model.safetensors: ")
+
+
+def test_weights_of_format_1_that_lack_some_are_refused(hostile):
+    tensors = {"decoder.hidden_output.weight": torch.zeros(2, 2)}
+    safetensors.torch.save_file(tensors, hostile / "model.safetensors")
+    path = hostile / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    assert "doesn't fit config.json (format 1: 'decoder.context_output.weight')" in refusal(hostile)
