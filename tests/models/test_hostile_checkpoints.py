@@ -116,10 +116,10 @@ CONFIGS = [
     ("decoder.dropout", "-1", "decoder.dropout: "),
     ("decoder.kind", '"__init__"', "decoder.kind: no decoder '__init__'"),
     ("decoder.cell", '"eval"', "decoder.cell: input should be"),
-    ("search.beam_size", str(HUGE), "search.beam_size: at most 1000"),
+    ("search.beam_size", str(HUGE), "search.beam_size: at most 10000"),
     ("search.max_length", "1000000000", "search.max_length: at most 1000"),
-    ("search.samples", "1000000000", "search.samples: at most 1000"),
-    ("search.groups", "1000000000", "search.groups: at most 1000"),
+    ("search.samples", "1000000000", "search.samples: at most 10000"),
+    ("search.groups", "1000000000", "search.groups: at most 10000"),
     ("search.length_penalty", "1e308", "search.length_penalty: at most 100"),
     ("search.seed", str(2**64), "search.seed: at most"),
     ("search.forced", json.dumps(["a"] * 101), "search.forced: at most 100 phrases"),
@@ -190,7 +190,7 @@ def test_hostile_json_is_named(hostile, name, content, expected):
 def test_bounds_leave_room_for_the_largest_that_is_sensible(hostile):
     path = hostile / "config.json"
     content = json.loads(path.read_text())
-    content["search"] |= {"beam_size": 1000, "max_length": 1000, "forbidden": ["a"] * 10_000}
+    content["search"] |= {"beam_size": 10_000, "max_length": 1000, "forbidden": ["a"] * 10_000}
     content["encoder"]["preprocessing"] |= {"resize_size": 4096, "image_size": 600}
     path.write_text(json.dumps(content))
     assert load_checkpoint(hostile).encoder.grid_shape == (37 * 37, 512)
