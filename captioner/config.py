@@ -231,8 +231,10 @@ class TrainingConfig:
 class SearchConfig:
     """How captions are found when none are given.
 
+    ``beam_size``, ``n_best``, ``groups`` and ``samples`` are at most 10,000.
+
     Attributes:
-        beam_size: Hypotheses kept, at most 1,000; 1 is greedy search.
+        beam_size: Hypotheses kept; 1 is greedy search.
         max_length: Most words in a caption, at most 1,000.
         length_penalty: Finished hypotheses are ranked by log-probability / length ** this; 0 is
             the plain log-probability, 1 its mean over the words; at most 100.
@@ -248,7 +250,7 @@ class SearchConfig:
             the words that those before it took at the same step.
         diversity: By how much, in log-probability for each hypothesis that took the word; at most
             1e6.
-        samples: Draw so many captions at random, at most 1,000, instead of searching; 0 searches.
+        samples: Draw so many captions at random instead of searching; 0 searches.
         temperature: Of sampling: below 1 prefers likely words, above 1 levels them; 1e-6 to 1e6.
         top_k: Draw from the so many likeliest words, at most 1,000,000; 0 from all.
         top_p: Draw from the likeliest words that have this probability together; 1 from all.
@@ -276,10 +278,9 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values and combinations."""
-        most = 1000
-        check_between(self, beam_size=(1, most), n_best=(1, most), groups=(1, most))
-        check_between(self, max_length=(1, most), min_length=(0, most), no_repeat_ngram=(0, most))
-        check_between(self, samples=(0, most), length_penalty=(0.0, 100.0), diversity=(0.0, 1e6))
+        check_between(self, beam_size=(1, 10_000), n_best=(1, 10_000), groups=(1, 10_000))
+        check_between(self, max_length=(1, 1000), min_length=(0, 1000), no_repeat_ngram=(0, 1000))
+        check_between(self, samples=(0, 10_000), length_penalty=(0.0, 100.0), diversity=(0.0, 1e6))
         check_between(self, temperature=(1e-6, 1e6), top_k=(0, 1_000_000), seed=(0, 2**63 - 1))
         _check_positive(self, "top_p")
         for name, most in (("forbidden", 10_000), ("forced", 100)):

@@ -133,9 +133,10 @@ def _read_config(file: BinaryIO, path: Path, checksums: dict[str, str]) -> _Cont
             f"{content.get('captioner')!s:.20}"
         )
     try:
-        return parse(_Content, content, str(path))
+        return parse(_Content, content, path.name)
     except (CaptionerError, RecursionError) as error:
-        raise CheckpointError(_shortened(error)) from None
+        reason = _shortened(error).removeprefix(f"{path.name}: ")
+        raise CheckpointError(f"{path}: {reason}") from None
 
 
 def _read_vocabulary(file: BinaryIO, path: Path, checksums: dict[str, str]) -> Vocabulary:
@@ -175,19 +176,21 @@ def _read_tensors(file: BinaryIO, path: Path, content: _Content) -> dict[str, Te
     """Return the tensors, which are mapped from the file: they take no memory yet."""
     opened = f"/dev/fd/{file.fileno()}"  # the file that was hashed, whatever has its name by now
     try:
+        file.seek(0)
         tensors = safetensors.torch.load_file(opened if os.path.exists(opened) else path)
-        if content.format == 1:
-            tensors = _upgrade_format_1(tensors, content.decoder.embedding_size)
-    except (KeyError, IndexError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: doesn't fit {CONFIG_FILE} (format 1: {_shortened(error)})"
-        ) from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: not a safetensors file, or cut short ({_shortened(error)}); other formats "
             "are refused because they can run code"
         ) from None
-    return tensors
+    if content.format > 1:
+        return tensors
+    try:
+        return _upgrade_format_1(tensors, content.decoder.embedding_size)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: doesn't fit {CONFIG_FILE} (format 1: {_shortened(error)})"
+        ) from None
 
 
 def _build_model(
@@ -210,7 +213,7 @@ def _build_model(
         part = "decoder"
         fill(model.decoder, by_part.pop(part))
         if by_part:
-            raise CheckpointError(f"nothing is called {name_some(by_part)}")
+            raise CheckpointError(f"no part of a captioner is called {name_some(by_part)}")
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG_FILE}: {_shortened(error)}") from None
     except CheckpointError as error:

@@ -116,10 +116,10 @@ CONFIGS = [
     ("decoder.dropout", "-1", "decoder.dropout: "),
     ("decoder.kind", '"__init__"', "decoder.kind: no decoder '__init__'"),
     ("decoder.cell", '"eval"', "decoder.cell: input should be"),
-    ("search.beam_size", str(HUGE), "search.beam_size: at most 1000"),
+    ("search.beam_size", str(HUGE), "search.beam_size: at most 10000"),
     ("search.max_length", "1000000000", "search.max_length: at most 1000"),
-    ("search.samples", "1000000000", "search.samples: at most 1000"),
-    ("search.groups", "1000000000", "search.groups: at most 1000"),
+    ("search.samples", "1000000000", "search.samples: at most 10000"),
+    ("search.groups", "1000000000", "search.groups: at most 10000"),
     ("search.length_penalty", "1e308", "search.length_penalty: at most 100"),
     ("search.seed", str(2**64), "search.seed: at most"),
     ("search.forced", json.dumps(["a"] * 101), "search.forced: at most 100 phrases"),
@@ -190,7 +190,7 @@ def test_hostile_json_is_named(hostile, name, content, expected):
 def test_bounds_leave_room_for_the_largest_that_is_sensible(hostile):
     path = hostile / "config.json"
     content = json.loads(path.read_text())
-    content["search"] |= {"beam_size": 1000, "max_length": 1000, "forbidden": ["a"] * 10_000}
+    content["search"] |= {"beam_size": 10_000, "max_length": 1000, "forbidden": ["a"] * 10_000}
     content["encoder"]["preprocessing"] |= {"resize_size": 4096, "image_size": 600}
     path.write_text(json.dumps(content))
     assert load_checkpoint(hostile).encoder.grid_shape == (37 * 37, 512)
@@ -262,4 +262,20 @@ def test_tensors_of_nothing_in_the_model_are_refused(hostile):
     path = hostile / "model.safetensors"
     tensors = safetensors.torch.load_file(path) | {"critic.weight": torch.zeros(3)}
     safetensors.torch.save_file(tensors, path)
-    assert "doesn't fit config.json" in refusal(hostile)
+    assert "no part of a captioner is called critic" in refusal(hostile)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E8M0", "F8_E4M3", "U64", "BOOL", "X9"])
+def test_tensors_of_any_dtype_are_read_or_refused(hostile, dtype):
+    path = hostile / "model.safetensors"
+    header = json.dumps({"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert refusal(hostile).startswith("/model.safetensors: ")
+
+
+def test_weights_of_format_1_that_lack_some_are_refused(hostile):
+    tensors = {"decoder.hidden_output.weight": torch.zeros(2, 2)}
+    safetensors.torch.save_file(tensors, hostile / "model.safetensors")
+    path = hostile / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    assert "doesn't fit config.json (format 1: 'decoder.context_output.weight')" in refusal(hostile)

@@ -44,7 +44,7 @@ def test_every_setting_is_explained():
     explained = attribute_docs(SearchConfig)
     assert list(explained) == [field.name for field in fields(SearchConfig)]
     assert all(len(text) > 10 and text.endswith(".") for text in explained.values())
-    assert explained["beam_size"] == "Hypotheses kept, at most 1,000; 1 is greedy search."
+    assert explained["beam_size"] == "Hypotheses kept; 1 is greedy search."
     assert explained["groups"].startswith("Diverse beam search: the beam is divided")
     assert explained["groups"].endswith("took at the same step.")
 
