@@ -23,7 +23,7 @@ from benchmark_search import (
 )
 from torch import Tensor, nn
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command
 from captioner.config import DecoderConfig
 from captioner.data.dataset import CaptionDataset, TrainingBatches, encode_captions
 from captioner.data.images import in_batches, load_pixels
@@ -271,9 +271,7 @@ PARTS = ("captioning", "decoder", "published", "batches", "latency", "training")
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        "benchmark.py", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = Parser("benchmark.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="trained checkpoint directories")
     parser.add_argument(
         "--images",

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command
 from captioner.data.annotations import ImageId, read_annotations
 from captioner.data.tokenizer import tokenize
 from captioner.metrics.evaluation import read_evaluation
@@ -30,7 +30,7 @@ Outcome = tuple[float, np.ndarray, float]  # of the corpus, of each image, secon
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--references", type=Path, required=True, help="captions that people wrote")
     parser.add_argument("--hypotheses", type=Path, help="captions to be scored")
     parser.add_argument("--images", type=int, help="score only the first so many images")

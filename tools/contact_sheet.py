@@ -1,13 +1,12 @@
 """Draw images with their captions below them into one picture, to look at results at a glance."""
 
-import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command
 from captioner.data.annotations import image_path, read_annotations
 from captioner.data.image_files import load_thumbnail
 from captioner.data.predictions import read_predictions
@@ -43,9 +42,7 @@ def draw_sheet(
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the first images of a results file."""
-    parser = argparse.ArgumentParser(
-        "contact_sheet.py", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = Parser("contact_sheet.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("captions", type=Path, help="results file, as caption_folder.py wrote it")
     parser.add_argument("folder", type=Path, help="folder of the images")
     parser.add_argument("--annotations", type=Path, help="captions file whose ids the results use")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command
 from captioner.errors import CacheError, UsageError, did_you_mean
 from captioner.progress import log_line
 from captioner.training.feature_store import (
@@ -25,9 +25,7 @@ from captioner.training.feature_store import (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "captioner cache", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = Parser("captioner cache", description=__doc__, formatter_class=HelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|prune")
     for action, purpose in {"list": "show all stores", "prune": "remove stores"}.items():
         subparser = actions.add_parser(action, help=purpose, formatter_class=HelpFormatter)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from captioner.cli import HelpFormatter, command, program_name
+from captioner.cli import HelpFormatter, Parser, command, program_name
 from captioner.data.coco import (
     COCO_ARCHIVES,
     Archive,
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program_name("download", "download_coco.py"),
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -17,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from captioner.cli import HelpFormatter, command, program_name
+from captioner.cli import HelpFormatter, Parser, command, program_name
 from captioner.data.annotations import read_annotations
 from captioner.data.tokenizer import tokenize
 from captioner.errors import DataError, UsageError
@@ -39,12 +39,12 @@ from captioner.metrics.report import (
 )
 from captioner.metrics.scores import DocumentFrequencies, Scores, metric_names, score
 from captioner.metrics.significance import confidence_interval, paired_test, resampled_metrics
-from captioner.progress import log_line
+from captioner.progress import log_line, print_line
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         program_name("evaluate", "evaluate_bleu.py"),
         description=__doc__,
         formatter_class=HelpFormatter,
@@ -216,19 +216,19 @@ def _statistics(options: argparse.Namespace, evaluation: Evaluation) -> dict[str
 def _print(summary: Mapping[str, Any]) -> None:
     for name, corpus in summary["scores"].items():
         if len(summary["scores"]) > 1:
-            print(name)
+            print_line(name)
         for metric, value in corpus.items():
             interval = summary.get("confidence_95", {}).get(name, {}).get(metric)
             spread = f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
             print(f"{metric:8}{value:.4f}{spread}")
     for row in summary.get("comparisons", ()):
-        print(
+        print_line(
             f"{row['second']} - {row['first']}  {row['metric']:8}{row['difference']:+.4f}"
             f"  p = {row['p']:.3f}"
         )
     for name, values in summary.get("statistics", {}).items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
-    print(summary["signature"])
+        print_line(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+    print_line(summary["signature"])
 
 
 def _write(
