@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from captioner.errors import CaptionerError
@@ -29,6 +30,20 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
+
+
+def program_name(name: str, tool: str) -> str:
+    """Return what a command's usage line calls it: as the user has started it.
+
+    Args:
+        name: The command's name after ``captioner``, such as ``"caption"``.
+        tool: Its file in ``tools/``, such as ``"caption_folder.py"``.
+
+    Returns:
+        ``"captioner caption"``; or ``"python tools/caption_folder.py"``, its path as it was typed.
+    """
+    started = sys.argv[0]
+    return f"python {started}" if Path(started).name == tool else f"captioner {name}"
 
 
 def command(main: Main) -> Main:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, command, program_name
 from captioner.config import SearchConfig
 from captioner.data.annotations import ImageId
 from captioner.data.predictions import predictions_format, write_predictions
@@ -31,7 +31,9 @@ left out; the exit code is then 3.
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "caption_folder.py", description=DESCRIPTION, formatter_class=HelpFormatter
+        program_name("caption", "caption_folder.py"),
+        description=DESCRIPTION,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint directory")
     parser.add_argument("folder", type=Path, help="folder of images")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, command, program_name
 from captioner.data.coco import (
     COCO_ARCHIVES,
     KARPATHY_IMAGES,
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="download_coco.py",
+        prog=program_name("download", "download_coco.py"),
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=HelpFormatter,

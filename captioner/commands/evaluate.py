@@ -17,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, command, program_name
 from captioner.data.annotations import read_annotations
 from captioner.data.tokenizer import tokenize
 from captioner.errors import DataError, UsageError
@@ -32,7 +32,9 @@ from captioner.progress import log_line
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = argparse.ArgumentParser(
-        "evaluate_bleu.py", description=__doc__, formatter_class=HelpFormatter
+        program_name("evaluate", "evaluate_bleu.py"),
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("--references", type=Path, required=True, help="captions that people wrote")

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, command, program_name
 from captioner.experiment_file import load_config
 
 DESCRIPTION = """\
@@ -20,7 +20,7 @@ The settings, their defaults and units are in captioner/config.py.
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; print the best checkpoint's validation scores."""
     parser = argparse.ArgumentParser(
-        "train.py", description=DESCRIPTION, formatter_class=HelpFormatter
+        program_name("train", "train.py"), description=DESCRIPTION, formatter_class=HelpFormatter
     )
     parser.add_argument("experiment", type=Path, help="experiment file (TOML)")
     parser.add_argument(

@@ -190,6 +190,24 @@ def test_help_of_every_command_needs_no_torch(name):
     assert "None" not in done.stdout  # an option without a default shows none
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_usage_is_what_can_be_typed(name, monkeypatch, capsys):
+    """As ``captioner NAME`` and as ``python tools/….py``, in help and in errors."""
+    module = f"from captioner.commands.{name} import main"
+    (tool,) = [each for each in TOOLS if module in (ROOT / "tools" / each).read_text()]
+    for started, usage in (
+        ("/usr/bin/captioner", f"captioner {name}"),
+        (f"tools/{tool}", f"python tools/{tool}"),
+        (tool, f"python {tool}"),
+    ):
+        monkeypatch.setattr(sys, "argv", [started])
+        for words in (["--help"], ["--no-such-option"]):
+            with pytest.raises(SystemExit):
+                main([name, *words])
+            shown = capsys.readouterr()
+            assert (shown.out or shown.err).startswith(f"usage: {usage} [-h]")
+
+
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_of_every_tool(name, tmp_path):
     """From any working directory, as a file."""
