@@ -188,7 +188,7 @@ class Trainer:
             with autocast(self.device, self.precision):
                 output = self.model.decoder.teacher_forcing(
                     self._features(x),
-                    token_ids.to(self.device, non_blocking=True),
+                    token_ids,
                     training.bptt_window,
                 )
                 loss = caption_loss(
@@ -241,7 +241,7 @@ class Trainer:
         flow = measure_gradient_flow(
             self.model.decoder,
             features,
-            captions.to(self.device),
+            captions,
             self.config.training.bptt_window,
         )
         self.log.write(kind=LOG_KIND, step=self.state.step, epoch=self.state.epoch + 1, **flow)

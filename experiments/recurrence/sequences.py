@@ -14,7 +14,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from captioner.data.vocabulary import BOS, EOS, PAD
 from captioner.metrics.report import new_figure
-from captioner.models.recurrent import CELLS, RecurrentStack, states_per_layer
+from captioner.models.recurrent import RecurrentStack
+from captioner.models.recurrent_cells import CELLS, states_per_layer
 from captioner.progress import progress_iter
 from experiments.recurrence.captions import load_captions, pad_rows, pooled_features
 from experiments.recurrence.study import (
