@@ -17,6 +17,7 @@ import torch
 import wandb_files
 import yaml
 from PIL import Image
+from training_runs import COLOURS, assert_same_weights, read_log, weights_of
 
 from captioner import Captioner
 from captioner.commands.train import main as train_main
@@ -26,96 +27,15 @@ from captioner.data.dataset import pad
 from captioner.data.predictions import read_predictions
 from captioner.errors import CheckpointError, ConfigError, DataError, TrainingError
 from captioner.experiment_file import load_config
+from captioner.files import locked
 from captioner.metrics.scores import METRICS, compute_metrics
 from captioner.models.captioning_model import make_decoder
 from captioner.models.decoder import DecoderOutput
 from captioner.training.losses import caption_loss
-from captioner.training.run import locked, train
+from captioner.training.run import train
 from captioner.training.schedule import learning_rate_factor
 
 ROOT = Path(__file__).parents[2]
-COLOURS = {
-    "red": (220, 30, 30),
-    "green": (30, 180, 60),
-    "blue": (30, 60, 220),
-    "yellow": (240, 220, 40),
-}
-EXPERIMENT = """\
-[data]
-root = '{root}'
-train_annotations = "train.json"
-train_images = "images"
-val_annotations = "val.json"
-val_images = "images"
-min_word_count = 1
-cache_dir = '{root}/cache'
-workers = 0
-[encoder]
-name = "squeezenet1_1"
-weights = "none"
-[preprocessing]
-image_size = 48
-[decoder]
-kind = "show_attend_tell"
-embedding_size = 16
-hidden_size = 24
-attention_size = 8
-dropout = 0.1
-[training]
-epochs = 3
-batch_size = 4
-captions_per_image = 2
-learning_rate = 0.01
-warmup_steps = 2
-label_smoothing = 0.0
-log_every = 1
-precision = "float32"
-device = "cpu"
-[search]
-max_length = 8
-[wandb]
-mode = "disabled"
-sample_images = 2
-"""
-
-
-@pytest.fixture
-def experiment(tmp_path):
-    """The experiment file of a small data set: 24 training and 8 validation images."""
-    (tmp_path / "images").mkdir()
-    number = 0
-    for split, count in (("train", 6), ("val", 2)):
-        images, annotations = [], []
-        for name, colour in COLOURS.items():
-            for shade in range(count):
-                number += 1
-                file_name = f"{number:03}.png"
-                shaded = tuple(max(0, c - 5 * shade - (split == "val")) for c in colour)
-                Image.new("RGB", (60, 50), shaded).save(tmp_path / "images" / file_name)
-                images.append({"id": number, "file_name": file_name})
-                for text in (f"A plain {name} picture.", f"this is plain {name}"):
-                    annotations.append(
-                        {"id": len(annotations), "image_id": number, "caption": text}
-                    )
-        content = {"images": images, "annotations": annotations}
-        (tmp_path / f"{split}.json").write_text(json.dumps(content))
-    path = tmp_path / "experiment.toml"
-    path.write_text(EXPERIMENT.format(root=tmp_path.as_posix()))
-    return path
-
-
-def read_log(directory):
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-
-
-def weights_of(checkpoint):
-    return safetensors.torch.load_file(checkpoint / "model.safetensors")
-
-
-def assert_same_weights(one, other):
-    a, b = weights_of(one), weights_of(other)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_run_learns_and_leaves_everything_behind(experiment, tmp_path, capsys):
@@ -310,7 +230,8 @@ def test_resume_refuses_the_state_of_an_earlier_version(experiment, tmp_path):
 
 
 def test_a_second_process_is_kept_out_of_a_run(experiment, tmp_path):
-    with locked(tmp_path / "run"):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run" / ".lock", "busy"):
         done = subprocess.run(
             [sys.executable, ROOT / "tools/train.py", experiment, "--output-dir", tmp_path / "run"],
             capture_output=True,
@@ -492,6 +413,7 @@ def test_learning_rate_schedule():
 def test_fine_tuning_trains_the_chosen_stages_alone(experiment, tmp_path):
     overrides = [
         "encoder.name=resnet18",
+        "encoder.weights=none",
         "encoder.fine_tune_from=layer4",
         "encoder.learning_rate=1e-3",
         "training.epochs=1",
