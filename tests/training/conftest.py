@@ -1,13 +1,10 @@
 """A small data set of plain colours and the experiment that trains on it."""
 
-import json
-
 import pytest
 import safetensors.torch
 import torch
 import torchvision
-from PIL import Image
-from training_runs import COLOURS, EXPERIMENT
+from training_runs import TrainingServer, make_experiment
 
 
 @pytest.fixture(scope="session")
@@ -19,27 +16,14 @@ def cnn_weights(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    server = TrainingServer(tmp_path_factory.mktemp("server") / "output.txt")
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def experiment(tmp_path, cnn_weights):
     """The experiment file of a small data set: 24 training and 8 validation images."""
-    (tmp_path / "images").mkdir()
-    number = 0
-    for split, count in (("train", 6), ("val", 2)):
-        images, annotations = [], []
-        for name, colour in COLOURS.items():
-            for shade in range(count):
-                number += 1
-                file_name = f"{number:03}.png"
-                shaded = tuple(max(0, c - 5 * shade - (split == "val")) for c in colour)
-                Image.new("RGB", (60, 50), shaded).save(tmp_path / "images" / file_name)
-                images.append({"id": number, "file_name": file_name})
-                for text in (f"A plain {name} picture.", f"this is plain {name}"):
-                    annotations.append(
-                        {"id": len(annotations), "image_id": number, "caption": text}
-                    )
-        content = {"images": images, "annotations": annotations}
-        (tmp_path / f"{split}.json").write_text(json.dumps(content))
-    text = EXPERIMENT.format(root=tmp_path.as_posix(), weights=cnn_weights.as_posix())
-    path = tmp_path / "experiment.toml"
-    path.write_text(text)
-    return path
+    return make_experiment(tmp_path, cnn_weights)

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,13 @@ import torch
 import wandb_files
 import yaml
 from PIL import Image
-from training_runs import COLOURS, assert_same_weights, read_log, weights_of
+from training_runs import (
+    COLOURS,
+    assert_same_weights,
+    read_log,
+    wait_for_steps,
+    weights_of,
+)
 
 from captioner import Captioner
 from captioner.commands.train import main as train_main
@@ -130,27 +135,15 @@ def test_the_best_checkpoint_is_that_of_the_metric_asked_for(experiment, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["show_attend_tell", "show_and_tell"])
-def test_killed_and_resumed_equals_uninterrupted(experiment, tmp_path, kind):
+def test_killed_and_resumed_equals_uninterrupted(experiment, tmp_path, kind, server):
     overrides = [f"decoder.kind={kind}", "training.checkpoint_every=4", "training.epochs=4"]
     train(load_config(experiment, overrides), tmp_path / "whole")
 
     out = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "tools/train.py"), str(experiment), *overrides]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [*command, "--output-dir", str(out)],
-        env={**os.environ, **threads},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "last").exists() and len((out / "log.jsonl").read_text().splitlines()) >= 10:
-            break
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    process = server.start(experiment, *overrides, "--output-dir", out)
+    wait_for_steps(out, 10)
+    os.kill(process, signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL
     interrupted = len(read_log_loosely(out))
     train(load_config(experiment, overrides), out, resume=True)
 
@@ -229,17 +222,16 @@ def test_resume_refuses_the_state_of_an_earlier_version(experiment, tmp_path):
         train(config, out, resume=True)
 
 
-def test_a_second_process_is_kept_out_of_a_run(experiment, tmp_path):
-    (tmp_path / "run").mkdir()
-    with locked(tmp_path / "run" / ".lock", "busy"):
-        done = subprocess.run(
-            [sys.executable, ROOT / "tools/train.py", experiment, "--output-dir", tmp_path / "run"],
-            capture_output=True,
-            text=True,
-        )
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'run'}: another process is training")
+def test_a_second_process_is_kept_out_of_a_run(experiment, tmp_path, server):
+    """Two start at the same time: the second is refused before it does anything else."""
+    out = tmp_path / "run"
+    out.mkdir()
+    with locked(out / ".lock", "busy"):
+        assert server.run(experiment, "--output-dir", out) == 1
+    (line,) = server.output.read_text().splitlines()
+    assert line.startswith(f"error: {out}: another process is training")
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_log_goes_on_from_the_state(experiment, tmp_path):
