@@ -134,13 +134,10 @@ class TrainingServer:
             [sys.executable, "-c", SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # Memory that is freed goes back to the system, but where keep_freed_memory is used.
             env=os.environ
-            | {
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
-                "MALLOC_MMAP_THRESHOLD_": "1048576",
-            },
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            # Memory that is freed goes back to the system, but where keep_freed_memory is used.
+            | {"MALLOC_MMAP_THRESHOLD_": "1048576"},
             text=True,
         )
 

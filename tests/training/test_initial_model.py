@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from training_runs import assert_same_weights, read_log, weights_of
+from training_runs import assert_same_weights, make_experiment, read_log, weights_of
 
 from captioner.data.predictions import read_predictions
 from captioner.errors import CheckpointError, ConfigError, DataError
@@ -16,18 +16,19 @@ FROZEN = ["training.epochs=6", "training.patience=0", "decoder.dropout=0.0"]
 TUNED = ["encoder.fine_tune_from=features.12", "training.epochs=1", "training.learning_rate=1e-4"]
 
 
-@pytest.fixture
-def frozen_run(experiment, tmp_path):
-    """A run with a frozen CNN that has learnt something."""
-    train(load_config(experiment, FROZEN), tmp_path / "frozen")
-    return tmp_path / "frozen"
+@pytest.fixture(scope="module")
+def frozen_run(tmp_path_factory, cnn_weights):
+    """A run with a frozen CNN that has learnt something; not to be changed."""
+    folder = tmp_path_factory.mktemp("frozen")
+    train(load_config(make_experiment(folder, cnn_weights), FROZEN), folder / "run")
+    return folder / "run"
 
 
 # --- training.init_from -----------------------------------------------------------------------
 
 
 def test_fine_tuning_goes_on_from_a_frozen_phase(experiment, tmp_path, frozen_run):
-    best = frozen_run / "best"
+    best = shutil.copytree(frozen_run / "best", tmp_path / "frozen")
     scores = json.loads((best / "config.json").read_text())["scores"]
     assert scores["BLEU-4"] > 0
     out, settings = tmp_path / "tuned", [*TUNED, f"training.init_from={best}"]
@@ -45,7 +46,7 @@ def test_fine_tuning_goes_on_from_a_frozen_phase(experiment, tmp_path, frozen_ru
     assert {key.split(".")[3] for key in changed if key.startswith("encoder.")} == {"12"}
 
     # Resuming needs the first checkpoint no more, and keeps the record of it.
-    shutil.rmtree(frozen_run)
+    shutil.rmtree(best)
     train(load_config(experiment, settings), out, resume=True)
     assert json.loads((out / "run.json").read_text())["init_from"] == record
 

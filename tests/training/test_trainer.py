@@ -39,6 +39,7 @@ from captioner.models.decoder import DecoderOutput
 from captioner.training.losses import caption_loss
 from captioner.training.run import train
 from captioner.training.schedule import learning_rate_factor
+from captioner.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -209,6 +210,31 @@ def test_resume_refuses_another_precision(experiment, tmp_path):
     torch.save(state, path)
     with pytest.raises(CheckpointError, match="computed in float16, and here it would be"):
         train(config, out, resume=True)
+
+
+def test_a_step_waits_for_the_device_once(experiment, tmp_path, monkeypatch):
+    """On a GPU each number that is read is a wait for it: loss and norm are read together."""
+    reads = []
+    for name in ("__float__", "item", "tolist", "__bool__"):
+        original = getattr(torch.Tensor, name)
+
+        def read(tensor, original=original, name=name):
+            if tensor.is_floating_point():  # token ids are on the CPU
+                reads.append(name)
+            return original(tensor)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+    counts = []
+    optimise = Trainer._optimise
+
+    def counted(trainer, group):
+        reads.clear()
+        optimise(trainer, group)
+        counts.append(list(reads))
+
+    monkeypatch.setattr(Trainer, "_optimise", counted)
+    train(load_config(experiment, ["training.epochs=1", "training.log_every=2"]), tmp_path / "run")
+    assert counts == [["tolist"]] * 6
 
 
 def test_resume_refuses_the_state_of_an_earlier_version(experiment, tmp_path):
