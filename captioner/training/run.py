@@ -76,26 +76,33 @@ def train(
     )
     with StopSignals() as stop_signals, locked(output_dir / ".lock", busy):
         saved = load_training_state(output_dir, config, resume, or_start)
-        if not saved:
-            check_something_is_learnt(config)
-        device = choose_device(config.training.device)
-        precision = choose_precision(config.training.precision, device)
-        torch.manual_seed(config.training.seed)
+        return _train(config, output_dir, saved, stop_signals)
 
-        train_set, val_set = load_splits(config)
-        model = make_model(config, train_set, output_dir if saved else None).to(device)
-        with memory_errors(lambda: f"encoding images with {config.encoder.name} on {device}"):
-            train_set, train_inputs = prepare_inputs(model, train_set, config, device, precision)
-            val_set, val_inputs = prepare_inputs(model, val_set, config, device, precision)
-        circumstances = Circumstances.of_run(train_set, val_set, precision, device)
-        if saved:
-            circumstances.check_same(Circumstances(**saved["circumstances"]), output_dir)
-        save_run_record(config, output_dir, device, precision, train_set, val_set)
 
-        trainer = Trainer(config, output_dir, model, device, precision, circumstances, saved)
-        with trainer:
-            stop_signals.deferred = True
-            return trainer.fit(train_set, train_inputs, val_set, val_inputs, stop_signals)
+def _train(
+    config: Config, output_dir: Path, saved: dict[str, Any] | None, stop_signals: StopSignals
+) -> dict[str, float]:
+    """Train, alone in the run's folder; ``saved`` is what ``load_training_state`` gave."""
+    if not saved:
+        check_something_is_learnt(config)
+    device = choose_device(config.training.device)
+    precision = choose_precision(config.training.precision, device)
+    torch.manual_seed(config.training.seed)
+
+    train_set, val_set = load_splits(config)
+    model = make_model(config, train_set, output_dir if saved else None).to(device)
+    with memory_errors(lambda: f"encoding images with {config.encoder.name} on {device}"):
+        train_set, train_inputs = prepare_inputs(model, train_set, config, device, precision)
+        val_set, val_inputs = prepare_inputs(model, val_set, config, device, precision)
+    circumstances = Circumstances.of_run(train_set, val_set, precision, device)
+    if saved:
+        circumstances.check_same(Circumstances(**saved["circumstances"]), output_dir)
+    save_run_record(config, output_dir, device, precision, train_set, val_set)
+
+    trainer = Trainer(config, output_dir, model, device, precision, circumstances, saved)
+    with trainer:
+        stop_signals.deferred = True
+        return trainer.fit(train_set, train_inputs, val_set, val_inputs, stop_signals)
 
 
 def load_splits(config: Config) -> tuple[CaptionDataset, CaptionDataset]:
