@@ -183,6 +183,8 @@ class TrainingConfig:
         bptt_window: Truncated back-propagation: gradients go back at most so many tokens and the
             state goes on over the cut; 0 is the whole caption.
         accumulation_steps: Batches whose gradients make one optimiser step.
+        init_from: A checkpoint (``runs/a/best``) whose weights, vocabulary and CNN the run begins
+            with, in place of new ones; the experiment must fit it. "" begins anew.
         label_smoothing: Probability mass spread over the other words.
         precision: "auto" is bfloat16 where the device computes in it, else float32.
         device: "auto" is CUDA, else MPS, else CPU.
@@ -214,6 +216,7 @@ class TrainingConfig:
     log_every: int = 20
     gradient_flow_every: int = 0
     checkpoint_every: int = 1000
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""

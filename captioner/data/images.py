@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -177,8 +178,14 @@ def load_pixels(
             num_workers=workers if len(batches) > 1 else 0,
             generator=torch.Generator(),  # its own: dropout's random numbers stay as they are
             pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_ctrl_c,
         )
     )
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes: what it ends is for the main one to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _load_in_threads(

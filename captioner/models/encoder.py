@@ -198,15 +198,15 @@ def make_encoder(
         changes: What is to differ from the weights' own preprocessing.
         last_stage: See ``Encoder``.
     """
-    preprocessing = _changed(
-        preprocessing_of_weights(name, weights), changes or PreprocessingConfig()
-    )
+    preprocessing = make_preprocessing(name, weights, changes or PreprocessingConfig())
     encoder = Encoder(name, preprocessing, last_stage)
     encoder.load_weights(weights)
     return encoder
 
 
-def _changed(own: Preprocessing, changes: PreprocessingConfig) -> Preprocessing:
+def make_preprocessing(name: str, weights: str, changes: PreprocessingConfig) -> Preprocessing:
+    """Return the preprocessing of a CNN's weights with some changes."""
+    own = preprocessing_of_weights(name, weights)
     image_size = changes.image_size or own.image_size
     # A new size keeps the share of the image that is cut away.
     scaled = round(own.resize_size * image_size / own.image_size)

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ FREE_TO_CHANGE = {
     "training.gradient_flow_every",
     "training.checkpoint_every",
     "training.patience",
+    "validation.batch_size",
 }
 
 
@@ -69,12 +72,19 @@ class Circumstances:
         train_sha256, val_sha256: Of image ids and captions of the splits.
         precision: In which the run really computes.
         device: Kind of the device ("cpu", "cuda", "mps").
+        files_sha256: Of the sizes of all image files. This and what follows is "" or 0 in the
+            state of a run that was started before it was recorded.
+        device_name, torch_version, threads: The hardware, and what computes on it.
     """
 
     train_sha256: str
     val_sha256: str
     precision: str
     device: str
+    files_sha256: str = ""
+    device_name: str = ""
+    torch_version: str = ""
+    threads: int = 0
 
     @classmethod
     def of_run(
@@ -85,18 +95,23 @@ class Circumstances:
         device: torch.device,
     ) -> "Circumstances":
         """Return those of a run that is about to start."""
+        sizes = [os.path.getsize(path) for path in (*train_set.paths, *val_set.paths)]
         return cls(
-            _sha256(train_set),
-            _sha256(val_set),
+            _sha256([train_set.image_ids, train_set.captions]),
+            _sha256([val_set.image_ids, val_set.captions]),
             str(precision).removeprefix("torch."),
             device.type,
+            _sha256(sizes),
+            name_of_device(device),
+            str(torch.__version__),
+            torch.get_num_threads(),
         )
 
     def check_same(self, saved: "Circumstances", output_dir: Path) -> None:
         """Refuse to go on where a result would differ; say so where only rounding may.
 
         Raises:
-            CheckpointError: Another split or another precision.
+            CheckpointError: Another split, other image files or another precision.
         """
         for split in ("train", "val"):
             if getattr(self, f"{split}_sha256") != getattr(saved, f"{split}_sha256"):
@@ -104,25 +119,61 @@ class Circumstances:
                     f"{output_dir}: the images or captions of the {split} split have changed since "
                     "this run was started, so it can't be resumed"
                 )
+        if saved.files_sha256 and self.files_sha256 != saved.files_sha256:
+            raise CheckpointError(
+                f"{output_dir}: image files have other sizes than when this run was started, so it "
+                "can't be resumed; bring the old files back, or start a new run"
+            )
         if self.precision != saved.precision:
             raise CheckpointError(
                 f"{output_dir}: this run was computed in {saved.precision}, and here it would be "
                 f"{self.precision}; it can be resumed where {saved.precision} is native"
             )
-        if self.device != saved.device:
+        changes = [
+            f"{what} {before} before and {now} now"
+            for what, before, now in (
+                ("device", saved.device_name or saved.device, self.device_name),
+                ("torch", saved.torch_version, self.torch_version),
+                ("CPU threads", saved.threads, self.threads),
+            )
+            if before and before not in (now, self.device)
+        ]
+        if changes:
             log_line(
-                f"warning: this run was computed on {saved.device} and goes on with {self.device}: "
-                "its weights will differ a little from those of an uninterrupted run"
+                f"warning: {output_dir}: {'; '.join(changes)}: the weights will differ a little "
+                "from those of an uninterrupted run"
             )
 
 
-def _sha256(dataset: CaptionDataset) -> str:
-    text = json.dumps([dataset.image_ids, dataset.captions])
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def name_of_device(device: torch.device) -> str:
+    """Return a GPU's name, or the kind of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
 
 
-def load_training_state(output_dir: Path, config: Config, resume: bool) -> dict[str, Any] | None:
+def _sha256(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def nothing_to_resume(output_dir: Path) -> CheckpointError:
+    """Return the error for a folder that holds no run."""
+    return CheckpointError(
+        f"{output_dir}: there is no run to resume (no last/{STATE_FILE}); is it the right "
+        "--output-dir? Without --resume a new run starts, with --resume-or-start one or the other"
+    )
+
+
+def load_training_state(
+    output_dir: Path, config: Config, resume: bool, or_start: bool = False
+) -> dict[str, Any] | None:
     """Read what a run needs to be resumed; None if it starts from the beginning.
+
+    Args:
+        output_dir: The run's folder.
+        config: The experiment, which must be that of the run.
+        resume: Whether the run is to be resumed.
+        or_start: Whether it is to start from the beginning where there is nothing to resume.
 
     Raises:
         ConfigError: A run is there, but it is not to be resumed.
@@ -139,7 +190,8 @@ def load_training_state(output_dir: Path, config: Config, resume: bool) -> dict[
     if not resume:
         return None
     if not path.exists():
-        log_line(f"nothing to resume in {output_dir}: starting from the beginning")
+        if not or_start or (output_dir / "last").exists() or (output_dir / "best").exists():
+            raise nothing_to_resume(output_dir)
         return None
     state = _read_state(path)
     # Settings that are newer than the run take their defaults.

@@ -207,6 +207,19 @@ def test_usage_is_what_can_be_typed(name, monkeypatch, capsys):
             assert (shown.out or shown.err).startswith(f"usage: {usage} [-h]")
 
 
+def test_a_setting_with_dashes_gets_its_right_form(tmp_path, capsys):
+    for words, hint in (
+        (["--training.epochs=1"], "training.epochs=1"),
+        (["--training.epochs", "1"], "training.epochs=VALUE"),
+    ):
+        (tmp_path / "experiment.toml").write_text("")
+        argv = ["train", str(tmp_path / "experiment.toml"), *words, "--output-dir", "run"]
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.endswith(f"it is written without dashes: {hint}\n")
+        assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_of_every_tool(name, tmp_path):
     """From any working directory, as a file."""
