@@ -14,6 +14,7 @@ from PIL import (
     ExifTags,
     IcoImagePlugin,
     Image,
+    ImageOps,
     JpegImagePlugin,
     TiffImagePlugin,
     UnidentifiedImageError,
@@ -247,16 +248,6 @@ def _count_scans(image: JpegImagePlugin.JpegImageFile, file: BinaryIO) -> int:
 
 # --- conversion -------------------------------------------------------------------------------
 
-_TRANSPOSED = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 def to_rgb(image: Image.Image, least: int = 0) -> Image.Image:
     """Return an image turned upright by its EXIF tag, as 8-bit RGB.
@@ -267,13 +258,16 @@ def to_rgb(image: Image.Image, least: int = 0) -> Image.Image:
     """
     image.load()  # some formats have their EXIF after the pixels
     try:
-        turn = _TRANSPOSED.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     # Damaged EXIF raises almost anything, and is no reason to lose the picture.
     except Exception:
-        turn = None
+        orientation = None
     rgb = _convert(image, _whole_factor(image.size, least))
-    rgb.info.clear()  # with the EXIF tag gone, turning it again does nothing
-    return rgb.transpose(turn) if turn is not None else rgb
+    rgb.info.clear()
+    if isinstance(orientation, int):
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(rgb, in_place=True)  # of small pixels; the tag is gone after it
+    return rgb
 
 
 def _whole_factor(size: tuple[int, int], least: int) -> int:
