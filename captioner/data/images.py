@@ -158,10 +158,8 @@ def load_pixels(
         batches: Indices into ``paths``, a list for each batch.
         device: What computes with the pixels; they are not moved there.
         workers: Processes or threads; 0 decodes in this one, -1 takes one a core (16 at most).
-            All together hold about 1 GiB of large images at a time (``DecodingMemory``).
-
-    Raises:
-        MemoryError: There is too little memory for an image.
+            All together hold about 1 GiB of large images at a time (``DecodingMemory``). An image
+            for which memory runs out is read again while no other large one is held; then it fails.
     """
     max_pixels()  # if it is set wrong, that is said here
     if workers < 0:
@@ -257,13 +255,20 @@ class _ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str]:
-        try:
-            return index, self._load(index), ""
-        except ImageError as error:
-            return index, None, str(error)
+        for alone in (False, True):  # the memory that others hold may be what it lacks
+            try:
+                return index, self._load(index, alone), ""
+            except ImageError as error:
+                return index, None, str(error)
+            except MemoryError:
+                pass  # what the failed try held is free again after this clause
+        message = "there is too little memory to read it; free some, or scale the image down"
+        return index, None, f"{self.paths[index]}: {message}"
 
-    def _load(self, index: int) -> torch.Tensor:
+    def _load(self, index: int, alone: bool) -> torch.Tensor:
         with self.memory.reader() as reserve:
+            if alone:
+                reserve(self.memory.BLOCK_BYTES * self.memory.BLOCKS)
             return self.preprocessing.load(self.paths[index], reserve)
 
 

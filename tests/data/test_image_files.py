@@ -20,7 +20,7 @@ from PIL import EpsImagePlugin, Image, features
 
 from captioner.data import image_files
 from captioner.data.image_files import FORMATS, load_image, load_thumbnail, max_pixels, to_rgb
-from captioner.data.images import DecodingMemory, Preprocessing, load_pixels
+from captioner.data.images import DecodingMemory, Preprocessing, _ImageFiles, load_pixels
 from captioner.errors import ConfigError, ImageError
 
 
@@ -360,7 +360,7 @@ MEMORY = """
 import resource, sys
 import torch
 from captioner.data.image_files import load_image
-from captioner.data.images import DecodingMemory, Preprocessing, load_pixels
+from captioner.data.images import DecodingMemory, Preprocessing, _ImageFiles, load_pixels
 from captioner.device import keep_freed_memory
 
 def peak():  # getrusage's begins with the parent's
@@ -374,11 +374,12 @@ def load(count, threads):
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (50 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
-for read in (lambda: load_image(sys.argv[1]), lambda: load(1, 0), lambda: load(2, 2)):
-    try:
-        read()
-    except MemoryError:
-        print("out of memory")
+try:
+    load_image(sys.argv[1])
+except MemoryError:
+    print("out of memory")
+for count in (1, 2):
+    print(*(message for _, message in load(count, count - 1).failures), sep="; ")
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 
 keep_freed_memory()  # as commands do: it must not have each thread keep its own
@@ -407,7 +408,31 @@ def test_the_readers_together_keep_to_the_ceiling(memory_output):
 
 
 def test_too_little_memory_is_no_unreadable_image(memory_output):
-    assert memory_output[:-1] == ["out of memory"] * 3
+    """It is told as what it is; in a list of images it is one that fails."""
+    error, *lists, _ = memory_output
+    assert error == "out of memory"
+    message = "a.png: there is too little memory to read it; free some, or scale the image down"
+    assert [line.count(message) for line in lists] == [1, 2]
+
+
+def test_an_image_without_memory_is_read_again_alone(tmp_path):
+    """The second try has the whole ceiling for itself."""
+    waves(64, 48).save(tmp_path / "a.png")
+    memory = DecodingMemory(processes=False)
+    had_all = []
+
+    class ScarceAtFirst(Preprocessing):
+        def load(self, source, reserve=contextlib.nullcontext, name=""):
+            had_all.append(not memory._blocks.acquire(blocking=False))
+            if not had_all[-1]:
+                memory._blocks.release()
+                raise MemoryError
+            return super().load(source, reserve)
+
+    index, pixels, message = _ImageFiles([tmp_path / "a.png"], ScarceAtFirst(), memory)[0]
+    assert (index, tuple(pixels.shape), message) == (0, (3, 224, 224), "")
+    assert had_all == [False, True]
+    assert all(memory._blocks.acquire(blocking=False) for _ in range(memory.BLOCKS))
 
 
 def held_together(sizes, processes):
