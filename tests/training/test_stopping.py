@@ -16,7 +16,7 @@ from captioner.experiment_file import load_config
 from captioner.training.run import train
 from captioner.training.stopping import StopSignals, TrainingStopped
 
-KINDS = ["training.epochs=4", "training.batch_size=2", "decoder.kind=show_and_tell"]
+SETTINGS = ["training.epochs=4", "training.batch_size=2", "decoder.kind=show_and_tell"]
 
 
 def losses(directory):
@@ -29,9 +29,9 @@ def losses(directory):
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 def test_ctrl_c_prints_a_line_that_goes_on_to_the_same_end(experiment, tmp_path):
     """From a real command line, whose paths have a space, in its own process."""
-    train(load_config(experiment, KINDS), tmp_path / "whole")
+    train(load_config(experiment, SETTINGS), tmp_path / "whole")
     out = tmp_path / "a run"
-    words = [sys.executable, str(ROOT / "tools/train.py"), str(experiment), *KINDS]
+    words = [sys.executable, str(ROOT / "tools/train.py"), str(experiment), *SETTINGS]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [*words, "--output-dir", str(out)],
