@@ -56,7 +56,7 @@ def test_batched_equals_one_by_one(beam_size):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoders_batched_equal_one_by_one_and_score_as_teacher_forcing(kind, dtype):
-    torch.manual_seed(7)
+    torch.manual_seed(24)
     config = DecoderConfig(
         kind=kind,
         layers=most_layers(kind),
