@@ -1,5 +1,7 @@
 """Attention over the regions of an image."""
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from captioner.errors import ConfigError
 
 # How many numbers of attention, for all pairs of a region and a caption, a CPU makes at a time in
 # training: they stay in its caches, with their gradient.
-TRAINING_CHUNK = 1 << 18
+TRAINING_CHUNK = 1 << 17
 
 
 class AdditiveAttention(nn.Module):
@@ -109,47 +111,59 @@ def attend(
 class _AdditiveScores(torch.autograd.Function):
     """Scores v tanh(k + q): (B, K, N, M) for k (B, N, A), q (B, K, A) and v (M, A).
 
-    On a CPU the (B, K, N, A) numbers within are made in chunks that fit its caches, and made again
-    for the gradient: to write them to memory and read them back takes longer.
+    On a CPU the (B, K, N, A) numbers within are made in chunks that stay in its caches, and made
+    again for the gradient: to write them to memory and read them back takes longer.
     """
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(keys, query, weight)
+        scores = keys.new_empty((*query.shape[:2], keys.shape[1], len(weight)))
+        sums = _chunk_buffer(keys, query)
         with torch.autocast(keys.device.type, enabled=False):
-            chunks = _chunks(keys, query)
-            weight = weight.to(keys.dtype)
-            return torch.cat([linear(_tanh(key, part), weight) for key, part in chunks])
+            weight = weight.to(keys.dtype).T
+            for key, part, out in _chunks(sums, keys, query, scores):
+                torch.mm(_tanh(key, part, sums).flatten(0, 2), weight, out=out.flatten(0, 2))
+        return scores
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys, query, weight = ctx.saved_tensors
-        of_keys, of_query, of_weight = [], [], torch.zeros_like(weight)
+        of_keys, of_query = torch.empty_like(keys), torch.empty_like(query)
+        v = weight.to(keys.dtype)
+        of_weight = torch.zeros_like(v)
+        sums, of_sums = _chunk_buffer(keys, query), _chunk_buffer(keys, query)
         with torch.autocast(keys.device.type, enabled=False):
-            chunks = _chunks(keys, query)
-            parts = gradient.split([len(key) for key, _ in chunks])
-            for (key, part), of_scores in zip(chunks, parts, strict=True):
-                tanh = _tanh(key, part)
-                of_weight += of_scores.flatten(0, 2).T @ tanh.flatten(0, 2)
-                of_tanh = of_scores @ weight.to(tanh.dtype)
-                of_sums = torch.ops.aten.tanh_backward(of_tanh, tanh)  # times 1 - tanh^2
-                of_keys.append(of_sums.sum(1))
-                of_query.append(of_sums.sum(2))
-        return torch.cat(of_keys), torch.cat(of_query), of_weight
+            chunks = _chunks(sums, keys, query, gradient, of_keys, of_query)
+            for key, part, of_scores, of_key, of_part in chunks:
+                tanh, of_tanh = _tanh(key, part, sums), of_sums[: len(key)]
+                of_scores = of_scores.flatten(0, 2)
+                of_weight.addmm_(of_scores.T, tanh.flatten(0, 2))
+                torch.mm(of_scores, v, out=of_tanh.flatten(0, 2))
+                of_tanh.addcmul_(of_tanh, tanh.square_(), value=-1)  # times 1 - tanh^2
+                torch.sum(of_tanh, 1, out=of_key)
+                torch.sum(of_tanh, 2, out=of_part)
+        return of_keys, of_query, of_weight.to(weight.dtype)
 
 
-def _tanh(keys: Tensor, query: Tensor) -> Tensor:
-    """Return tanh(k + q) of each pair, (B, K, N, A)."""
-    return (keys.unsqueeze(1) + query.unsqueeze(2)).tanh_()
-
-
-def _chunks(keys: Tensor, query: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Cut keys and queries into chunks of images; a GPU takes all at a time."""
-    images = len(keys)
+def _chunk_buffer(keys: Tensor, query: Tensor) -> Tensor:
+    """Return room for k + q of all pairs of as many images as make a chunk, (images, K, N, A)."""
+    images, of_image = len(keys), (query.shape[1], *keys.shape[1:])
     if keys.device.type == "cpu":
-        images = max(1, TRAINING_CHUNK // max(1, keys[0].numel() * query.shape[1]))
-    return list(zip(keys.split(images), query.split(images), strict=True))
+        images = min(images, max(1, TRAINING_CHUNK // max(1, math.prod(of_image))))
+    return keys.new_empty((images, *of_image))
+
+
+def _chunks(buffer: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of all images, (B, …) each, into those of as many images as a buffer has."""
+    return zip(*(tensor.split(max(1, len(buffer))) for tensor in tensors), strict=True)
+
+
+def _tanh(keys: Tensor, query: Tensor, buffer: Tensor) -> Tensor:
+    """Compute tanh(k + q) of each pair, (B, K, N, A), in the first rows of a buffer."""
+    sums = torch.add(keys.unsqueeze(1), query.unsqueeze(2), out=buffer[: len(keys)])
+    return sums.tanh_()
 
 
 def _to_tanh_dtype(x: Tensor) -> Tensor:

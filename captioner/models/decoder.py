@@ -271,8 +271,8 @@ class Decoder(nn.Module, ABC):
         words = self._words_of_steps(inputs, sizes)
         outputs, attention = [], None
         for t, (b, k) in enumerate(sizes):
-            memory = tuple(part[:b] for part in memory)
-            state = tuple(part[:b, :k] for part in state)
+            memory = tuple(_first(part, b) for part in memory)
+            state = tuple(_first(part, b, k) for part in state)
             if bptt_window and t and t % bptt_window == 0:
                 state = tuple(part.detach() for part in state)
             output, state, weights = self.step(inputs[:b, :k, t], words[t], state, memory)
@@ -342,6 +342,11 @@ class TiedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (…, V) for (…, E)."""
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+def _first(x: Tensor, *sizes: int) -> Tensor:
+    """Return x[:b] or x[:b, :k]; x itself where that is all: its gradient is copied less often."""
+    return x if x.shape[: len(sizes)] == sizes else x[tuple(slice(size) for size in sizes)]
 
 
 def _active_rectangles(real: Tensor) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
