@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from captioner.device import without_autocast
 from captioner.errors import ConfigError
 
 # How many numbers of attention, for all pairs of a region and a caption, a CPU makes at a time in
@@ -120,7 +121,7 @@ class _AdditiveScores(torch.autograd.Function):
         ctx.save_for_backward(keys, query, weight)
         scores = keys.new_empty((*query.shape[:2], keys.shape[1], len(weight)))
         sums = _chunk_buffer(keys, query)
-        with torch.autocast(keys.device.type, enabled=False):
+        with without_autocast(keys.device):
             weight = weight.to(keys.dtype).T
             for key, part, out in _chunks(sums, keys, query, scores):
                 torch.mm(_tanh(key, part, sums).flatten(0, 2), weight, out=out.flatten(0, 2))
@@ -134,7 +135,7 @@ class _AdditiveScores(torch.autograd.Function):
         v = weight.to(keys.dtype)
         of_weight = torch.zeros_like(v)
         sums, of_sums = _chunk_buffer(keys, query), _chunk_buffer(keys, query)
-        with torch.autocast(keys.device.type, enabled=False):
+        with without_autocast(keys.device):
             chunks = _chunks(sums, keys, query, gradient, of_keys, of_query)
             for key, part, of_scores, of_key, of_part in chunks:
                 tanh, of_tanh = _tanh(key, part, sums), of_sums[: len(key)]
