@@ -343,7 +343,9 @@ class WandbConfig:
 
     Attributes:
         mode: "auto" is online when logged in, else offline.
-        project, entity, name: As W&B shows them; "" leaves the choice to W&B.
+        project, entity, group, name: As W&B shows them; "" leaves the choice to W&B. The stages of
+            an experiment are a group, and each has its own name at the end of ``name``; "" is that
+            of the folder then.
         sample_images: Validation images shown with their captions at each validation.
         log_checkpoint: Keep the best checkpoint as an artifact.
     """
@@ -351,6 +353,7 @@ class WandbConfig:
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "captioner"
     entity: str = ""
+    group: str = ""
     name: str = ""
     tags: tuple[str, ...] = ()
     sample_images: int = 8

@@ -196,7 +196,7 @@ def load_training_state(
     state = _read_state(path)
     # Settings that are newer than the run take their defaults.
     saved = parse(Config, parse_json(state["config"], str(path), CheckpointError), str(path))
-    _check_same_settings(saved.to_dict(), config.to_dict(), output_dir)
+    check_same_settings(saved.to_dict(), config.to_dict(), output_dir)
     return state
 
 
@@ -257,7 +257,8 @@ def _check_content(state: Any, path: Path) -> None:
         raise ValueError("'rng': not the state of a random generator") from None
 
 
-def _check_same_settings(saved: dict[str, Any], given: dict[str, Any], output_dir: Path) -> None:
+def check_same_settings(saved: dict[str, Any], given: dict[str, Any], output_dir: Path) -> None:
+    """Raise a CheckpointError if a run's result would be another with the settings given now."""
     for section in given:
         for key, value in given[section].items():
             name, before = f"{section}.{key}", saved.get(section, {}).get(key)
