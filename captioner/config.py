@@ -343,9 +343,8 @@ class WandbConfig:
 
     Attributes:
         mode: "auto" is online when logged in, else offline.
-        project, entity, group, name: As W&B shows them; "" leaves the choice to W&B. The stages of
-            an experiment are a group, and each has its own name at the end of ``name``; "" is that
-            of the folder then.
+        project, entity, group, name: As W&B shows them; "" leaves the choice to W&B. For the stages
+            of an experiment "" is the folder's name, and each stage's name follows ``name``.
         sample_images: Validation images shown with their captions at each validation.
         log_checkpoint: Keep the best checkpoint as an artifact.
     """

@@ -24,8 +24,7 @@ from captioner.progress import log_line
 T = TypeVar("T")
 
 SECTIONS = tuple(field.name for field in dataclasses.fields(Config))
-# What a stage can't be called: overrides begin with a section, and the folder holds the others.
-RESERVED = {*SECTIONS, "best", "last"}
+RESERVED = {"best", "last"}  # what a stage can't be called: folders of these names are checkpoints
 STAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 INIT_FROM = "training.init_from"  # the setting that ties a stage to the one before it
 
@@ -67,8 +66,8 @@ def load_stages(
     """Read an experiment file and apply overrides; return all of its stages, checked.
 
     The settings outside ``[[stages]]`` are shared by all stages, but for ``training.init_from``,
-    which is that of the first; those of a stage go before them. An override is of a shared
-    setting (``training.epochs=3``) or, with the stage's name before it, of that stage's own
+    which is that of the first; what a stage sets itself wins. An override changes a shared setting
+    (``training.epochs=3``) or, with the stage's name before it, the setting of one stage
     (``fine_tune.training.epochs=3``). A line is printed where one has no effect.
 
     Args:
@@ -295,8 +294,10 @@ def _parse_override(text: str, stages: list[str]) -> _Override:
         undashed = f"{key.lstrip('-')}={value or 'VALUE'}"
         raise UsageError(f"override '{text}': it is written without dashes: {undashed}")
     first, _, rest = key.partition(".")
-    stage = first if first in stages else ""
-    if not stage and first not in SECTIONS and rest.partition(".")[0] in SECTIONS:
+    has_section = rest.partition(".")[0] in SECTIONS
+    # A stage may have a section's name: ``search.beam_size``, ``search.training.epochs``.
+    stage = first if first in stages and (has_section or first not in SECTIONS) else ""
+    if has_section and not stage and first not in SECTIONS:
         known = did_you_mean(first, stages) or "".join(f"; there is '{name}'" for name in stages)
         raise UsageError(f"override '{text}': no stage is called '{first}'{known}")
     key = rest if stage else key

@@ -19,9 +19,9 @@ Any setting of the file can be overridden, for example:
   {program} experiments/flickr8k_attention.toml decoder.cell=gru --output-dir runs/gru
 The settings, their defaults and units are in captioner/config.py.
 
-A file with [[stages]] trains one after the other, each from the best checkpoint of the one before.
-An override of a shared setting goes before what a stage sets itself; of one stage alone:
-  {program} FILE fine_tune.training.epochs=1 --output-dir runs/tuned
+The stages of a file with [[stages]] are trained one after the other, each from the best checkpoint
+of the one before. An override changes what they share, or with its name before it a single stage:
+  {program} FILE training.seed=1 fine_tune.training.epochs=1 --output-dir runs/tuned
 """
 
 

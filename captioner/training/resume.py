@@ -164,6 +164,14 @@ def nothing_to_resume(output_dir: Path) -> CheckpointError:
     )
 
 
+def run_is_there(output_dir: Path) -> ConfigError:
+    """Return the error for a folder that holds a run already."""
+    return ConfigError(
+        f"{output_dir}: a run is there already; --resume continues it, another --output-dir "
+        "starts a new one"
+    )
+
+
 def load_training_state(
     output_dir: Path, config: Config, resume: bool, or_start: bool = False
 ) -> dict[str, Any] | None:
@@ -183,10 +191,7 @@ def load_training_state(
         recover_directory(output_dir / name)
     path = output_dir / "last" / STATE_FILE
     if not resume and ((output_dir / "last").exists() or (output_dir / "best").exists()):
-        raise ConfigError(
-            f"{output_dir}: a run is there already; --resume continues it, another --output-dir "
-            "starts a new one"
-        )
+        raise run_is_there(output_dir)
     if not resume:
         return None
     if not path.exists():

@@ -23,7 +23,7 @@ from captioner.errors import CaptionerError, CheckpointError, ConfigError
 from captioner.experiment_file import Stage, parse
 from captioner.files import atomic_directory, read_json, recover_directory, write_json
 from captioner.models.checkpoint import WEIGHTS_FILE
-from captioner.models.encoder import Encoder, make_preprocessing
+from captioner.models.encoder import make_encoder
 from captioner.progress import log_line
 from captioner.training.initial_model import (
     check_fits,
@@ -31,7 +31,7 @@ from captioner.training.initial_model import (
     origin_record,
     settings_of_weights,
 )
-from captioner.training.resume import check_same_settings, nothing_to_resume
+from captioner.training.resume import check_same_settings, nothing_to_resume, run_is_there
 from captioner.training.run import alone_in, check_settings, train_watched
 from captioner.training.stopping import StopSignals
 from captioner.training.tracking import read_log
@@ -100,9 +100,9 @@ def train_stages(
     chosen = [run for run in runs if not only or run.stage.name in only]
     _check_settings(chosen)
     with StopSignals() as stop_signals, alone_in(output_dir, resume and not or_start):
-        for folder in (output_dir, *(run.folder for run in runs)):
+        for run in runs:
             for name in ("last", "best"):
-                recover_directory(folder / name)
+                recover_directory(run.folder / name)
         _check_folders(output_dir, chosen, resume, or_start)
         for run in chosen:
             stop_signals.deferred = False
@@ -114,7 +114,8 @@ def train_stages(
 
 def _place(stages: Sequence[Stage], output_dir: Path) -> list[_Run]:
     """Give each stage its folder, what it begins with, and its name in W&B."""
-    title, runs = output_dir.resolve().name, list[_Run]()
+    title = output_dir.resolve().name
+    runs: list[_Run] = []
     for stage in stages:
         config, folder = stage.config, output_dir / stage.name
         previous = runs[-1] if stage.follows else None
@@ -148,7 +149,7 @@ def _check_settings(chosen: Sequence[_Run]) -> None:
                 check_fits(settings_of_weights(run.previous.config), wanted, source)
             else:
                 check_something_is_learnt(run.config)
-            if run.config.encoder != before.config.encoder:
+            if _cnn_of(run.config) != _cnn_of(before.config):
                 _check_cnn(run.config)
 
 
@@ -163,10 +164,17 @@ def _check_paths(run: _Run) -> None:
         raise CheckpointError(f"training.init_from={init_from}: no such checkpoint directory")
 
 
+def _cnn_of(config: Config) -> tuple[object, ...]:
+    return config.encoder, config.preprocessing, config.training.init_from == ""
+
+
 def _check_cnn(config: Config) -> None:
+    """Build the CNN; where it begins with a checkpoint, its weights come from there."""
+    weights = "none" if config.training.init_from else config.encoder.weights
     cnn = config.encoder
-    preprocessing = make_preprocessing(cnn.name, cnn.weights, config.preprocessing)
-    Encoder(cnn.name, preprocessing, cnn.last_stage).fine_tune_from(cnn.fine_tune_from)
+    make_encoder(cnn.name, weights, config.preprocessing, cnn.last_stage).fine_tune_from(
+        cnn.fine_tune_from
+    )
 
 
 @contextlib.contextmanager
@@ -179,7 +187,7 @@ def _naming(stage: Stage) -> Iterator[None]:
 
 
 def _check_folders(output_dir: Path, chosen: Sequence[_Run], resume: bool, or_start: bool) -> None:
-    """Refuse to start where runs are, to resume where none is, and to mix two experiments."""
+    """Refuse to start where runs are, or without what to begin with; to resume where none is."""
     if (output_dir / "run.json").exists():
         raise ConfigError(
             f"{output_dir}: a run of an experiment without stages is there; take another "
@@ -187,21 +195,27 @@ def _check_folders(output_dir: Path, chosen: Sequence[_Run], resume: bool, or_st
         )
     for run in chosen:
         if not resume and (run.is_begun or (run.folder / "best").exists()):
-            raise ConfigError(
-                f"{run.folder}: a run is there already; --resume continues it, another "
-                "--output-dir starts a new one"
-            )
+            raise run_is_there(run.folder)
+        previous = run.previous
+        if previous and not run.is_begun and (previous.is_finished or previous not in chosen):
+            best = previous.folder / "best"
+            if not (best / WEIGHTS_FILE).exists():
+                raise CheckpointError(
+                    f"{best}: no such checkpoint; stage '{run.stage.name}' begins with it: train "
+                    f"'{previous.stage.name}' first, or set {run.stage.name}.training.init_from"
+                )
     if resume and not or_start and not any(run.is_begun for run in chosen):
         raise nothing_to_resume(chosen[0].folder)
 
 
 def _train_stage(run: _Run, resume: bool, stop_signals: StopSignals) -> None:
     """Train a stage to its end, unless it has ended."""
-    if run.previous:
-        run = _check_origin(run, run.previous)
+    if run.previous and run.is_begun:
+        run = _check_origin(run, run.previous.folder / "best")
+    elif run.previous and not run.previous.is_finished:
+        log_line(f"warning: {run.previous.folder} isn't finished: its best checkpoint may change")
     if run.is_finished:
-        record = read_json(run.folder / "run.json", CheckpointError)
-        saved = parse(Config, record["config"], str(run.folder / "run.json"))
+        saved = parse(Config, _read_record(run)["config"], str(run.folder / "run.json"))
         check_same_settings(saved.to_dict(), run.config.to_dict(), run.folder)
         log_line(f"stage {run.stage.name}: finished already")
         return
@@ -211,42 +225,41 @@ def _train_stage(run: _Run, resume: bool, stop_signals: StopSignals) -> None:
     write_json(run.folder / FINISHED_FILE, _summarise(run, scores))
 
 
-def _check_origin(run: _Run, previous: _Run) -> _Run:
-    """Check that a stage begins, or has begun, with the best checkpoint that is there now.
+def _check_origin(run: _Run, best: Path) -> _Run:
+    """Check that a stage has begun with the checkpoint that is the best one before it now.
+
+    Nothing is checked where that was removed: a stage that has begun needs it no more.
 
     Returns:
-        The run. One that was begun calls that checkpoint as it did then, before a folder was moved.
+        The run, which calls the checkpoint as it did when it began: the folder may have been moved.
 
     Raises:
-        CheckpointError: It isn't there; or the stage has begun with another one.
+        CheckpointError: It has begun with another one.
     """
-    best = previous.folder / "best"
-    is_there = (best / WEIGHTS_FILE).exists()
-    if not run.is_begun:
-        if not is_there:
+    record = _read_record(run)
+    if (best / WEIGHTS_FILE).exists():
+        origin, now = record["init_from"], origin_record(run.config)
+        if not origin or not now or origin["sha256"] != now["sha256"]:
             raise CheckpointError(
-                f"{best}: no such checkpoint; stage '{run.stage.name}' begins with it: train "
-                f"'{previous.stage.name}' first, or set {run.stage.name}.training.init_from"
+                f"{run.folder}: this stage began with another checkpoint than {best} is now; "
+                f"remove {run.folder} to train it anew"
             )
-        if not previous.is_finished:
-            log_line(f"warning: {previous.folder} isn't finished: its best checkpoint may change")
-        return run
-    record = read_json(run.folder / "run.json", CheckpointError)
-    origin = record["init_from"] or {"sha256": None}
-    now = origin_record(run.config) if is_there else origin
-    if now and now["sha256"] != origin["sha256"]:
-        raise CheckpointError(
-            f"{run.folder}: this stage began with another checkpoint than {best} is now; remove "
-            f"{run.folder} to train it anew"
-        )
     init_from = record["config"]["training"]["init_from"]
     training = dataclasses.replace(run.config.training, init_from=init_from)
     return dataclasses.replace(run, config=dataclasses.replace(run.config, training=training))
 
 
+def _read_record(run: _Run) -> dict[str, Any]:
+    path = run.folder / "run.json"
+    record: dict[str, Any] = read_json(path, CheckpointError)
+    if not isinstance(record, dict) or not {"config", "init_from", "sessions"} <= record.keys():
+        raise CheckpointError(f"{path}: not the record of a run; copy the run again")
+    return record
+
+
 def _summarise(run: _Run, scores: dict[str, float]) -> dict[str, Any]:
-    """Return what a run has reached and what it took, from what it has left behind."""
-    record = read_json(run.folder / "run.json", CheckpointError)
+    """Return what a run has reached, and the seconds of training and validation that it took."""
+    record = _read_record(run)
     best = read_json(run.folder / "best" / "config.json", CheckpointError)
     rows = read_log(run.folder / "log.jsonl")
     seconds = [

@@ -80,6 +80,15 @@ def test_overrides_are_of_what_is_shared_or_of_one_stage(path, capsys):
     assert [stage.follows for stage in stages] == [False, False, False]
 
 
+def test_a_stage_may_have_the_name_of_a_section(path):
+    path.write_text(f"{SHARED}[[stages]]\nname = 'first'\n[[stages]]\nname = 'search'\n")
+    stages = load_stages(path, ["search.beam_size=2", "search.training.epochs=9"])
+    assert epochs(stages) == [3, 9]
+    assert [stage.config.search.beam_size for stage in stages] == [2, 2]
+    stages = load_stages(path, ["search.search.beam_size=2"])
+    assert [stage.config.search.beam_size for stage in stages] == [5, 2]
+
+
 def test_overrides_of_stages_that_are_not_run_are_told(path, capsys):
     overrides = ["other.training.epochs=1", "training.epochs=9", "fine_tune.training.seed=2"]
     load_stages(path, overrides, only=["fine_tune"])
@@ -135,7 +144,7 @@ def test_a_name_that_is_no_plain_word_is_refused(path, name):
     [
         ("[[stages]]\nname = 'a'\n[[stages]]\nname = 'A'\n", "two are called 'A'"),
         ("[[stages]]\nname = 'best'\n", "'best' has another meaning"),
-        ("[[stages]]\nname = 'training'\n", "'training' has another meaning"),
+        ("[[stages]]\nname = 'Last'\n", "'Last' has another meaning"),
         ("[[stages]]\ntraining.epochs = 1\n", "the name of stage 1 is missing"),
         ("[[stages]]\nname = 1\n", "a name of letters"),
         ("[stages]\nname = 'a'\n", "a table [[stages]] for each stage was expected"),

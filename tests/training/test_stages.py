@@ -284,6 +284,28 @@ def test_a_stage_alone_needs_the_one_before(finished, whole):
     assert_same_experiment(whole[1], out)
 
 
+def test_what_a_later_stage_alone_needs_is_told_before_the_first_starts(experiment, tmp_path):
+    out, path = tmp_path / "run", with_stages(experiment, '[[stages]]\nname = "third"\n')
+    with pytest.raises(CheckpointError, match="no such checkpoint; stage 'third' begins with it"):
+        train_stages(load_stages(path), out, only=["cross_entropy", "third"])
+    assert not (out / "cross_entropy").exists()
+
+
+def test_stages_without_a_name_are_a_usage_error(experiment, tmp_path, capsys):
+    argv = [str(experiment), "--output-dir", str(tmp_path / "run"), "--stages", "training.seed=1"]
+    with pytest.raises(SystemExit) as caught:
+        train_main(argv)
+    assert caught.value.code == 2
+    assert "--stages: expected at least one name" in capsys.readouterr().err
+
+
+def test_a_record_that_is_none_is_one_line(finished):
+    path, out = finished
+    (out / "fine_tune/run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"fine_tune/run\.json: not the record of a run"):
+        train_stages(load_stages(path), out, resume=True)
+
+
 def test_the_first_stage_alone_is_the_best_there_is(experiment, tmp_path):
     out = tmp_path / "run"
     (row,) = train_stages(load_stages(experiment), out, only=["cross_entropy"])
@@ -325,12 +347,15 @@ def test_a_run_that_is_there_is_refused_unless_resumed(finished, tmp_path, capsy
         ("data.val_images=imgs", "no such file or folder"),
         ("training.init_from=nowhere", "training.init_from=nowhere: no such checkpoint directory"),
         ("training.device=tpu", "tpu"),
+        (["training.init_from=", "encoder.weights=wrong"], "encoder.weights: 'wrong' is neither"),
+        (["training.init_from=", "encoder.weights=none"], "encoder.weights=none with a frozen CNN"),
     ],
 )
 def test_what_is_wrong_with_the_last_stage_is_told_at_once(experiment, tmp_path, setting, fault):
+    settings = ["encoder.fine_tune_from=", *([setting] if isinstance(setting, str) else setting)]
     out = tmp_path / "run"
     with pytest.raises(CaptionerError) as caught:
-        train_stages(load_stages(experiment, [f"fine_tune.{setting}"]), out)
+        train_stages(load_stages(experiment, [f"fine_tune.{each}" for each in settings]), out)
     assert str(caught.value).startswith(f"{experiment}: stage 'fine_tune': ")
     assert fault in str(caught.value)
     assert not out.exists()
