@@ -61,7 +61,7 @@ def _print_results(rows: list[dict[str, Any]]) -> None:
     """Print the scores of a run, or of each stage below its name."""
     for row in rows:
         if "name" in row:
-            print(f"{row['name']}, epoch {row['best_epoch']} of {row['epochs']}:")
+            print(f"{row['name']}, best after {row['best_epoch']} of {row['epochs']} epochs:")
         for name, score in row["scores"].items():
             print(f"{name}: {score:.4f}")
 

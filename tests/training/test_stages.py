@@ -146,7 +146,7 @@ def test_one_command_trains_all_alone_in_the_folder(experiment, tmp_path, monkey
     assert train_main(argv) == 0
     assert tried == ["cross_entropy", "fine_tune"]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "cross_entropy, epoch 1 of 1:"
+    assert lines[0] == "cross_entropy, best after 1 of 1 epochs:"
     assert lines[-1] == f"best checkpoint: {out / 'best'}"
     assert sum(line.startswith("BLEU-4: ") for line in lines) == 2
 
