@@ -164,13 +164,12 @@ def signalled(*args, **kwargs):
     return original(*args, **kwargs)
 {place} = signalled
 """
-# One after the other: within a stage, at its end, between two, before and within the next, and when
-# only the copy of its best checkpoint is missing.
+# One after the other: within a stage, at its end, between two, within the next, and when only the
+# copy of its best checkpoint is missing.
 MOMENTS = [
     ("trainer.Trainer._optimise", "args[0].state.step == 4"),
     ("stages.write_json", "args[0].name == 'finished.json'"),
     ("stages.shutil.copytree", "True"),
-    ("run.prepare_inputs", "args[2].encoder.fine_tune_from"),
     ("trainer.Trainer._optimise", "args[0].state.step == 8"),
     ("stages.shutil.copytree", "True"),
 ]
