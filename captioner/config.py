@@ -356,7 +356,8 @@ class WandbConfig:
 
     Attributes:
         mode: "auto" is online when logged in, else offline.
-        project, entity, name: As W&B shows them; "" leaves the choice to W&B.
+        project, entity, group, name: As W&B shows them; "" leaves the choice to W&B. For the stages
+            of an experiment "" is the folder's name, and each stage's name follows ``name``.
         sample_images: Validation images shown with their captions at each validation.
         log_checkpoint: Keep the best checkpoint as an artifact.
     """
@@ -364,6 +365,7 @@ class WandbConfig:
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "captioner"
     entity: str = ""
+    group: str = ""
     name: str = ""
     tags: tuple[str, ...] = ()
     sample_images: int = 8

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from captioner.experiment_file import load_config
+from captioner.experiment_file import load_config, load_stages
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "captioner"
@@ -229,7 +229,7 @@ def test_every_package_that_the_library_imports_is_asked_for():
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
 def test_experiments_hold_no_unknown_setting(path):
-    load_config(path)
+    load_stages(path)
 
 
 def test_the_sweep_changes_settings_that_exist():
@@ -285,7 +285,7 @@ def test_the_readme_names_nothing_that_is_not_there(readme):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", readme):
         assert (ROOT / path).exists(), path
-    fields = load_config(EXPERIMENTS[0]).to_dict()
+    fields = load_stages(EXPERIMENTS[0])[0].config.to_dict()
     for section, name in re.findall(rf"\b({'|'.join(fields)})\.([a-z_]+)\b", readme):
         if name != "py":  # captioner/training.py is no setting
             assert name in fields[section], f"{section}.{name}"

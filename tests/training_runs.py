@@ -101,11 +101,12 @@ def assert_same_weights(one, other):
 
 # Imports torch once, then forks a process for each line "setup code, arguments, output file".
 SERVER = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 from captioner.commands.train import main
-import captioner.training.run
+import captioner.training.stages
 
+gc.freeze()  # else each child takes a second to collect, when it ends, what was imported here
 for line in sys.stdin:
     setup, argv, output = json.loads(line)
     child = os.fork()

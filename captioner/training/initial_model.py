@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from captioner.config import Config, EncoderConfig
@@ -99,33 +100,44 @@ def _model_of_checkpoint(config: Config) -> CaptioningModel:
     """Return ``training.init_from``'s weights and vocabulary with the experiment's settings."""
     path = Path(config.training.init_from).expanduser()
     checkpoint = load_checkpoint(path)
-    cnn = config.encoder
-    wanted = {
-        "encoder.name": cnn.name,
-        "encoder.last_stage": cnn.last_stage,
-        **_named("decoder", config.decoder),
-        **_named("preprocessing", make_preprocessing(cnn.name, cnn.weights, config.preprocessing)),
-    }
     found = {
         "encoder.name": checkpoint.encoder.name,
         "encoder.last_stage": checkpoint.encoder.last_stage,
         **_named("decoder", checkpoint.decoder.config),
         **_named("preprocessing", checkpoint.encoder.preprocessing),
     }
+    check_fits(found, settings_of_weights(config), f"training.init_from={path}")
+    model = CaptioningModel(
+        checkpoint.encoder, config.decoder, checkpoint.vocabulary, config.search
+    )
+    model.load_state_dict(checkpoint.state_dict())
+    return model
+
+
+def settings_of_weights(config: Config) -> dict[str, object]:
+    """Return by name what a checkpoint that an experiment begins with must have been made with."""
+    cnn = config.encoder
+    return {
+        "encoder.name": cnn.name,
+        "encoder.last_stage": cnn.last_stage,
+        **_named("decoder", config.decoder),
+        **_named("preprocessing", make_preprocessing(cnn.name, cnn.weights, config.preprocessing)),
+    }
+
+
+def check_fits(found: Mapping[str, object], wanted: Mapping[str, object], source: str) -> None:
+    """Compare what a checkpoint was made with to what the experiment asks for.
+
+    Raises:
+        CheckpointError: Names ``source`` and all differences that matter to the weights.
+    """
     differences = [
         f"{name} is {found[name]!r} there and {value!r} here"
         for name, value in wanted.items()
         if found[name] != value and name.removeprefix("decoder.") not in FREE_OF_WEIGHTS
     ]
     if differences:
-        raise CheckpointError(
-            f"training.init_from={path}: it doesn't fit the experiment: {'; '.join(differences)}"
-        )
-    model = CaptioningModel(
-        checkpoint.encoder, config.decoder, checkpoint.vocabulary, config.search
-    )
-    model.load_state_dict(checkpoint.state_dict())
-    return model
+        raise CheckpointError(f"{source}: it doesn't fit the experiment: {'; '.join(differences)}")
 
 
 def _named(section: str, settings: object) -> dict[str, object]:

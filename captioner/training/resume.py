@@ -164,6 +164,14 @@ def nothing_to_resume(output_dir: Path) -> CheckpointError:
     )
 
 
+def run_is_there(output_dir: Path) -> ConfigError:
+    """Return the error for a folder that holds a run already."""
+    return ConfigError(
+        f"{output_dir}: a run is there already; --resume continues it, another --output-dir "
+        "starts a new one"
+    )
+
+
 def load_training_state(
     output_dir: Path, config: Config, resume: bool, or_start: bool = False
 ) -> dict[str, Any] | None:
@@ -183,10 +191,7 @@ def load_training_state(
         recover_directory(output_dir / name)
     path = output_dir / "last" / STATE_FILE
     if not resume and ((output_dir / "last").exists() or (output_dir / "best").exists()):
-        raise ConfigError(
-            f"{output_dir}: a run is there already; --resume continues it, another --output-dir "
-            "starts a new one"
-        )
+        raise run_is_there(output_dir)
     if not resume:
         return None
     if not path.exists():
@@ -196,7 +201,7 @@ def load_training_state(
     state = _read_state(path)
     # Settings that are newer than the run take their defaults.
     saved = parse(Config, parse_json(state["config"], str(path), CheckpointError), str(path))
-    _check_same_settings(saved.to_dict(), config.to_dict(), output_dir)
+    check_same_settings(saved.to_dict(), config.to_dict(), output_dir)
     return state
 
 
@@ -257,7 +262,8 @@ def _check_content(state: Any, path: Path) -> None:
         raise ValueError("'rng': not the state of a random generator") from None
 
 
-def _check_same_settings(saved: dict[str, Any], given: dict[str, Any], output_dir: Path) -> None:
+def check_same_settings(saved: dict[str, Any], given: dict[str, Any], output_dir: Path) -> None:
+    """Raise a CheckpointError if a run's result would be another with the settings given now."""
     for section in given:
         for key, value in given[section].items():
             name, before = f"{section}.{key}", saved.get(section, {}).get(key)

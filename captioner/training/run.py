@@ -10,11 +10,13 @@ A run's folder:
     wandb/             what Weights & Biases keeps
 """
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +66,49 @@ def train(
         CaptionerError: Anything that a user can mend; most before training starts.
         TrainingStopped: By Ctrl-C or SIGTERM. What was trained is kept: see ``StopSignals``.
     """
+    with StopSignals() as stop_signals:
+        return train_watched(config, output_dir, stop_signals, resume, or_start)
+
+
+def train_watched(
+    config: Config,
+    output_dir: str | Path,
+    stop_signals: StopSignals,
+    resume: bool = False,
+    or_start: bool = False,
+) -> dict[str, float]:
+    """Do what ``train`` does, with signals that are watched for already."""
     output_dir = Path(output_dir)
+    check_settings(config)
+    with alone_in(output_dir, resume and not or_start):
+        saved = load_training_state(output_dir, config, resume, or_start)
+        return _train(config, output_dir, saved, stop_signals)
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings that can't be trained with here, before anything is read or written."""
     check_decoder_kind(config.decoder.kind)
     choose_mode(config.wandb)
-    if resume and not or_start and not output_dir.is_dir():
+    choose_precision(config.training.precision, choose_device(config.training.device))
+
+
+@contextlib.contextmanager
+def alone_in(output_dir: Path, must_exist: bool) -> Iterator[None]:
+    """Hold the lock of a run's folder, which is made unless it must be there already.
+
+    Raises:
+        CheckpointError: It must be there, and isn't.
+        ConfigError: Another process holds the lock.
+    """
+    if must_exist and not output_dir.is_dir():
         raise nothing_to_resume(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     busy = ConfigError(
         f"{output_dir}: another process is training in this folder; wait for it, or take another "
         "--output-dir"
     )
-    with StopSignals() as stop_signals, locked(output_dir / ".lock", busy):
-        saved = load_training_state(output_dir, config, resume, or_start)
-        return _train(config, output_dir, saved, stop_signals)
+    with locked(output_dir / ".lock", busy):
+        yield
 
 
 def _train(

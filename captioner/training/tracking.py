@@ -170,6 +170,7 @@ def _init(
         mode=cast(Any, mode),  # its type differs between versions of wandb
         project=config.project,
         entity=config.entity or None,
+        group=config.group or None,
         name=config.name or None,
         tags=list(config.tags),
         config=dict(experiment),

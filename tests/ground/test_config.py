@@ -8,7 +8,7 @@ import pytest
 
 from captioner.config import Config
 from captioner.errors import CaptionerError, ConfigError, UsageError
-from captioner.experiment_file import load_config, parse
+from captioner.experiment_file import load_config, load_stages, parse
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.name for path in (ROOT / "experiments").glob("*.toml"))
@@ -42,9 +42,9 @@ def test_there_are_experiments():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_loads_and_survives_json(name):
-    config = load_config(ROOT / "experiments" / name)
-    again = parse(Config, json.loads(json.dumps(config.to_dict(), allow_nan=False)), "again")
-    assert again == config
+    for stage in load_stages(ROOT / "experiments" / name):
+        text = json.dumps(stage.config.to_dict(), allow_nan=False)
+        assert parse(Config, json.loads(text), "again") == stage.config
 
 
 def test_missing_sections_take_the_defaults(experiment):
