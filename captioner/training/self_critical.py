@@ -1,0 +1,102 @@
+"""Self-critical sequence training: captions are sampled, and the better ones made likelier.
+
+Rennie et al. 2017 (arXiv 1612.00563): the gradient of the expected reward is that of
+-(r - b) log p(sample), where the baseline b is what the model reaches without this sample: the mean
+reward of the other samples of the same image (Luo 2020, arXiv 2003.09971), or that of the greedy
+caption.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captioner.config import SearchConfig
+from captioner.data.dataset import pad
+from captioner.data.vocabulary import Vocabulary
+from captioner.metrics.reward import CaptionReward
+from captioner.models.captioning_model import generate
+from captioner.models.decoder import DecoderOutput
+from captioner.models.inference_decoder import InferenceDecoder
+
+Baseline = Literal["mean", "greedy"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sampled captions of a batch of images.
+
+    Attributes:
+        token_ids: From BOS to EOS, then PAD, (B, K, T + 1).
+        advantages: Reward less baseline of each, (B, K).
+        reward: Mean over all of them.
+        baseline: Mean over all of them.
+    """
+
+    token_ids: Tensor
+    advantages: Tensor
+    reward: float
+    baseline: float
+
+
+def sample_captions(
+    decoder: InferenceDecoder,
+    features: Tensor,
+    vocabulary: Vocabulary,
+    reward: CaptionReward,
+    images: Sequence[int],
+    count: int,
+    max_length: int,
+    seed: int,
+    baseline: Baseline = "mean",
+) -> Samples:
+    """Sample captions and score them.
+
+    Args:
+        decoder: The decoder as it is now.
+        features: (B, N, D).
+        vocabulary: The decoder's words.
+        reward: What is to be maximised.
+        images: Which images these are, by their place among the reward's references.
+        count: K, samples of each image; at least 2 for the mean as the baseline.
+        max_length: Most words in a caption.
+        seed: What is drawn depends on it and on ``images`` alone, not on the batch.
+        baseline: "mean" of the image's other samples, or the "greedy" caption's reward.
+    """
+    keys = torch.tensor(images)
+    sampling = SearchConfig(samples=count, n_best=count, max_length=max_length, seed=seed)
+    captions = [
+        [hypothesis.token_ids for hypothesis in of_image]
+        for of_image in generate([decoder], [features], sampling, vocabulary, keys)
+    ]
+    token_ids = pad(captions)
+    places = np.asarray(images)
+    rewards = reward(places, token_ids[:, :, 1:].numpy())
+    if baseline == "mean":
+        baselines = (rewards.sum(1, keepdims=True) - rewards) / (count - 1)
+    else:
+        greedy = SearchConfig(beam_size=1, max_length=max_length)
+        best = generate([decoder], [features], greedy, vocabulary)
+        ids = pad([[of_image[0].token_ids] for of_image in best])
+        baselines = np.broadcast_to(reward(places, ids[:, :, 1:].numpy()), rewards.shape)
+    return Samples(
+        token_ids,
+        torch.from_numpy(rewards - baselines).float(),
+        float(rewards.mean()),
+        float(baselines.mean()),
+    )
+
+
+def self_critical_loss(output: DecoderOutput, advantages: Tensor, tokens: int) -> Tensor:
+    """Return the loss whose gradient is that of the expected reward, as a batch's part of a step.
+
+    Args:
+        output: Of the sampled captions under teacher forcing.
+        advantages: Reward less baseline, (B, K).
+        tokens: Tokens in the optimiser step, PAD not counted.
+    """
+    log_probabilities = output.log_probabilities().sum(-1)  # (B, K)
+    return -(advantages.to(log_probabilities) * log_probabilities).sum() / tokens
