@@ -63,8 +63,9 @@ class PreprocessingConfig:
     Attributes:
         resize: "crop" scales the shorter side to ``resize_size`` and cuts out the centre, as for
             ImageNet; "squash" scales the whole image to the square, so that nothing is cut off.
-        image_size: Side of the square that the CNN sees, in pixels.
-        resize_size: Length of the shorter side before the cut, in pixels ("crop" alone).
+        image_size: Side of the square that the CNN sees, in pixels, at most 2,048.
+        resize_size: Length of the shorter side before the cut, in pixels, at most 4,096 ("crop"
+            alone).
         interpolation: "bilinear" or "bicubic"; "" keeps the weights' own.
         mean, std: What is subtracted from, and divides, red, green and blue (0 to 1).
     """
@@ -78,7 +79,7 @@ class PreprocessingConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_at_least(self, image_size=0, resize_size=0)
+        check_between(self, image_size=(0, 2048), resize_size=(0, 4096))
         if self.image_size and self.resize_size and self.resize_size < self.image_size:
             raise ConfigError(
                 f"preprocessing.resize_size ({self.resize_size}) must be at least "
@@ -127,8 +128,8 @@ class DecoderConfig:
         kind: "show_and_tell" (Vinyals et al. 2015) or "show_attend_tell" (Xu et al. 2015); the
             decoders are listed in ``models.captioning_model.DECODERS``.
         cell: The recurrent cell.
-        layers: Recurrent layers on top of each other.
-        embedding_size: Width of a word vector.
+        layers: Recurrent layers on top of each other, at most 32.
+        embedding_size: Width of a word vector; this and the other widths are at most 32,768.
         hidden_size: Width of the recurrent state.
         attention_size: Width in which attention scores are computed (show_attend_tell).
         feature_size: Width to which region features are projected once per image
@@ -155,8 +156,9 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_at_least(self, layers=1, embedding_size=1, hidden_size=1, attention_size=1)
-        _check_at_least(self, feature_size=0, attention_regularisation=0.0)
+        widths = dict.fromkeys(("embedding_size", "hidden_size", "attention_size"), (1, 32_768))
+        check_between(self, layers=(1, 32), **widths, feature_size=(0, 32_768))
+        _check_at_least(self, attention_regularisation=0.0)
         if not math.isfinite(self.forget_bias):
             raise _expected(self, "forget_bias", "a finite number")
         _check_share(self, "dropout")
@@ -181,6 +183,8 @@ class TrainingConfig:
         bptt_window: Truncated back-propagation: gradients go back at most so many tokens and the
             state goes on over the cut; 0 is the whole caption.
         accumulation_steps: Batches whose gradients make one optimiser step.
+        init_from: A checkpoint (``runs/a/best``) whose weights, vocabulary and CNN the run begins
+            with, in place of new ones; the experiment must fit it. "" begins anew.
         label_smoothing: Probability mass spread over the other words.
         precision: "auto" is bfloat16 where the device computes in it, else float32.
         device: "auto" is CUDA, else MPS, else CPU.
@@ -212,6 +216,7 @@ class TrainingConfig:
     log_every: int = 20
     gradient_flow_every: int = 0
     checkpoint_every: int = 1000
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -229,26 +234,31 @@ class TrainingConfig:
 class SearchConfig:
     """How captions are found when none are given.
 
+    ``beam_size``, ``n_best``, ``groups`` and ``samples`` are at most 10,000.
+
     Attributes:
         beam_size: Hypotheses kept; 1 is greedy search.
-        max_length: Most words in a caption.
+        max_length: Most words in a caption, at most 1,000.
         length_penalty: Finished hypotheses are ranked by log-probability / length ** this; 0 is
-            the plain log-probability, 1 its mean over the words.
+            the plain log-probability, 1 its mean over the words; at most 100.
         n_best: How many captions are found of each image, best first.
         min_length: Fewest words in a caption.
         no_repeat_ngram: No n-gram of this many words comes twice in a caption; 0 allows all.
         no_repeat_word: No word directly follows itself.
         no_dangling_end: No caption ends in a function word, such as "with" or "a".
-        forbidden: Words and phrases that no caption holds.
+        forbidden: Words and phrases that no caption holds: at most 10,000, of 200 characters each.
         forced: Words and phrases that every caption holds; each of their words costs a beam more.
+            At most 100, of 200 characters each.
         groups: Diverse beam search: the beam is divided into so many groups, each of which avoids
             the words that those before it took at the same step.
-        diversity: By how much, in log-probability for each hypothesis that took the word.
+        diversity: By how much, in log-probability for each hypothesis that took the word; at most
+            1e6.
         samples: Draw so many captions at random instead of searching; 0 searches.
-        temperature: Of sampling: below 1 prefers likely words, above 1 levels them.
-        top_k: Draw from the so many likeliest words; 0 from all.
+        temperature: Of sampling: below 1 prefers likely words, above 1 levels them; 1e-6 to 1e6.
+        top_k: Draw from the so many likeliest words, at most 1,000,000; 0 from all.
         top_p: Draw from the likeliest words that have this probability together; 1 from all.
-        seed: Of sampling. A caption depends on it and on its image's name or place alone.
+        seed: Of sampling, below 2 ** 63. A caption depends on it and on its image's name or place
+            alone.
     """
 
     beam_size: int = 5
@@ -271,15 +281,21 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values and combinations."""
-        _check_at_least(self, beam_size=1, max_length=1, length_penalty=0.0, n_best=1, min_length=0)
-        _check_at_least(
-            self, no_repeat_ngram=0, groups=1, diversity=0.0, samples=0, top_k=0, seed=0
-        )
+        check_between(self, beam_size=(1, 10_000), n_best=(1, 10_000), groups=(1, 10_000))
+        check_between(self, max_length=(1, 1000), min_length=(0, 1000), no_repeat_ngram=(0, 1000))
+        check_between(self, samples=(0, 10_000), length_penalty=(0.0, 100.0), diversity=(0.0, 1e6))
+        check_between(self, temperature=(1e-6, 1e6), top_k=(0, 1_000_000), seed=(0, 2**63 - 1))
         _check_positive(self, "top_p")
-        _check_at_least(self, temperature=1e-6)
-        for name in ("forbidden", "forced"):
-            if isinstance(getattr(self, name), str):
+        for name, most in (("forbidden", 10_000), ("forced", 100)):
+            phrases = getattr(self, name)
+            if isinstance(phrases, str):
                 raise _expected(self, name, "a list of words and phrases")
+            if len(phrases) > most:
+                raise ConfigError(
+                    f"search.{name}: at most {most} phrases were expected, found {len(phrases)}"
+                )
+            if any(len(phrase) > 200 for phrase in phrases):
+                raise ConfigError(f"search.{name}: a phrase has more than 200 characters")
         if self.top_p > 1:
             raise _expected(self, "top_p", "at most 1")
         if self.min_length > self.max_length:
@@ -367,6 +383,15 @@ def _check_at_least(config: Any, **bounds: float) -> None:
     for name, bound in bounds.items():
         if not bound <= getattr(config, name) < math.inf:
             raise _expected(config, name, f"at least {bound}")
+
+
+def check_between(config: Any, **bounds: tuple[float, float]) -> None:
+    """Raise a ConfigError unless each of these fields is a number from a bound to another."""
+    for name, (least, most) in bounds.items():
+        if not least <= getattr(config, name):
+            raise _expected(config, name, f"at least {least}")
+        if not getattr(config, name) <= most:
+            raise _expected(config, name, f"at most {most}")
 
 
 def _check_positive(config: Any, *names: str) -> None:

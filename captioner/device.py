@@ -2,8 +2,9 @@
 
 import contextlib
 import ctypes
+import re
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
@@ -73,50 +74,121 @@ def keep_freed_memory() -> None:
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
+        mallopt(arena_max, 1)  # else each thread that reads images would keep its own
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 32 << 20)  # the most that glibc accepts
 
 
+def give_back_freed_memory() -> None:
+    """Have the C library return what it keeps of freed memory to the system, if it is glibc."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
+
+
 def free_memory(device: torch.device) -> int:
-    """Return how many bytes are free on a device: what a container may use counts, caches don't."""
+    """Return how many bytes are free on a device.
+
+    Of the machine's memory, what this process may still have: its containers (cgroups) and its
+    address space (``ulimit -v``) may be limited. What the system keeps of files in its cache counts
+    as free.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = psutil.virtual_memory().available
-    limit, used = _container_memory()
-    return min(available, max(0, limit - used))
-
-
-def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """Return the memory limit of this process's container and what is used of it, in bytes.
-
-    Files that the system could drop from its cache don't count as used. No limit is a huge one.
-    """
-    names = ("memory.max", "memory.current", "memory.stat", "inactive_file")  # cgroup v2
-    if not (root / names[0]).is_file():
-        root = root / "memory"  # cgroup v1
-        names = (
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "memory.stat",
-            "total_inactive_file",
-        )
     try:
-        limit = int((root / names[0]).read_text())
-        used = int((root / names[1]).read_text())
-        lines = (line.split() for line in (root / names[2]).read_text().splitlines())
-        return limit, used - int(dict(lines)[names[3]])
-    except (OSError, ValueError, KeyError):  # "max", no cgroups, or another system
-        return 1 << 62, 0
+        cgroups = Path("/proc/self/cgroup").read_text()
+    except OSError:  # another system
+        return min(available, _free_address_space())
+    return min(available, _free_address_space(), free_in_cgroups(Path("/sys/fs/cgroup"), cgroups))
+
+
+UNLIMITED = 1 << 62
+
+
+def free_in_cgroups(root: Path, cgroups: str) -> int:
+    """Return how many bytes the control groups of a process leave it.
+
+    A group's limit holds for all groups below it too: the tightest counts.
+
+    Args:
+        root: Where the groups are mounted, ``/sys/fs/cgroup``.
+        cgroups: Which are the process's own: the content of ``/proc/self/cgroup``.
+
+    Returns:
+        Bytes, at least 0; a huge number where nothing is limited.
+    """
+    free = UNLIMITED
+    for line in cgroups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mounted, free_in_group = root, _free_in_cgroup_v2
+        elif "memory" in controllers.split(","):
+            mounted, free_in_group = root / "memory", _free_in_cgroup_v1
+        else:
+            continue
+        # In a container its own group may be mounted as the root: then only the root is there.
+        relative = PurePosixPath(path.lstrip("/"))
+        parts = [] if ".." in relative.parts else [relative, *relative.parents]
+        for part in [*parts, PurePosixPath()]:
+            free = min(free, free_in_group(mounted / part))
+    return max(0, free)
+
+
+def _free_in_cgroup_v2(group: Path) -> int:
+    # Beyond "high" processes are slowed down until they stand still.
+    limit = min(_read_number(group / name, UNLIMITED) for name in ("memory.max", "memory.high"))
+    used = _read_number(group / "memory.current", 0)
+    return limit - used + _file_cache(group, "active_file", "inactive_file")
+
+
+def _free_in_cgroup_v1(group: Path) -> int:
+    limit = _read_number(group / "memory.limit_in_bytes", UNLIMITED)
+    used = _read_number(group / "memory.usage_in_bytes", 0)
+    return limit - used + _file_cache(group, "total_active_file", "total_inactive_file")
+
+
+def _read_number(path: Path, otherwise: int) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such group; "max"
+        return otherwise
+
+
+def _file_cache(group: Path, *names: str) -> int:
+    """Return the bytes of files that the system may drop from its cache when memory is wanted."""
+    try:
+        lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return sum(int(value) for name, value in lines if name in names)
+    except (OSError, ValueError):
+        return 0
+
+
+def _free_address_space() -> int:
+    """Return how many bytes this process may still reserve (``ulimit -v``)."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return UNLIMITED
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return UNLIMITED
+    return max(0, limit - psutil.Process().memory_info().vms)
+
+
+# On the CPU torch and oneDNN raise a plain RuntimeError, CUDA's libraries one with their status:
+# only the text tells them apart.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|(can't|cannot|could not) allocate memory|bad_alloc"
+    r"|could not create a (primitive(?! descriptor)|memory object)|_ALLOC(ATION)?_FAILED",
+    re.IGNORECASE,
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that a device, or the machine, has no memory left."""
-    # On the CPU torch and oneDNN raise a plain RuntimeError, which only its text tells apart.
-    texts = (
-        *("can't allocate memory", "could not create a primitive", "bad_alloc"),
-        *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
-    )
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))

@@ -1,5 +1,9 @@
-"""One line of progress: a bar on a terminal, a plain line now and then elsewhere."""
+"""What a person reads while a command runs: lines, and a progress bar or a line now and then.
 
+All text that comes from outside, such as file names, is escaped here: see ``printable``.
+"""
+
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -10,6 +14,11 @@ from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 15.0
 LONG = 5.0  # seconds; shorter jobs leave no line without a terminal
+
+# Control characters, Unicode's Bidi_Control, line separators, and bytes that aren't UTF-8.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 T = TypeVar("T")
 
@@ -35,7 +44,8 @@ class Progress:
         scale: bool = False,
         delay: float = 0.0,
     ) -> None:
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        description = printable(description)
         self._bar = tqdm(
             total=total,
             desc=description,
@@ -62,7 +72,7 @@ class Progress:
         """Count ``count`` more units done; ``note`` is shown at the end of the line."""
         self._done += count
         if note:
-            self._meter["postfix"] = note
+            self._meter["postfix"] = printable(note)
         if self._terminal:
             self._bar.set_postfix_str(self._meter.get("postfix", ""), refresh=False)
             self._bar.update(count)
@@ -104,5 +114,21 @@ def progress_iter(items: Iterable[T], description: str, total: int, unit: str) -
 
 def log_line(message: str) -> None:
     """Print a line for the person who watches, without disturbing a progress bar."""
-    tqdm.write(message, file=sys.stderr)
-    sys.stderr.flush()
+    if sys.stderr is not None:  # a service may have none
+        tqdm.write(printable(message), file=sys.stderr)
+        sys.stderr.flush()
+
+
+def print_line(*fields: object) -> None:
+    """Print a line of a command's results on standard output: its fields, parted by tabs."""
+    print("\t".join(map(printable, fields)))
+
+
+def printable(text: object) -> str:
+    r"""Return a text as a terminal can show it: on one line, and none of it a command.
+
+    File names and captions may hold line breaks, escape sequences and characters that turn the
+    direction of writing, and so forge what is shown. These, and the bytes of a name that isn't
+    UTF-8, become ``\n``, ``\x1b``, ``\u202e`` or ``\udce9``; all other text stays as it is.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))

@@ -1,5 +1,6 @@
 """Small real things that several tests share: drawn images, their captions, a model of them."""
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,28 @@ def tiny_model(drawn: Drawn) -> CaptioningModel:
         optimizer.step()
     model.requires_grad_(False)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def overflowing_model(tiny_model: CaptioningModel, drawn: Drawn) -> CaptioningModel:
+    """The tiny model, but a black image makes its numbers overflow, so that it gives NaN.
+
+    Weights on the CNN's channels that are 0 for the drawn images change no caption of theirs.
+    """
+    model = copy.deepcopy(tiny_model)
+    encode = InferenceEncoder(model.encoder, torch.float32)
+    preprocessing = model.encoder.preprocessing
+    seen = encode(torch.stack([preprocessing(Image.open(path)) for path in drawn.paths]))
+    black = encode(preprocessing(Image.new("RGB", (64, 64)))[None])
+    channels = (seen.amax((0, 1)) == 0) & (black.amax((0, 1)) > 0.01)
+    assert channels.any()
+    weight = model.decoder.feature.weight
+    weight[::2, channels], weight[1::2, channels] = 3e38, -3e38
+    last = model.encoder.cnn.features[-1]
+    for part, of_part in zip((last.expand1x1, last.expand3x3), channels.chunk(2), strict=True):
+        part.weight[of_part] *= 1000
+        part.bias[of_part] *= 1000
+    return model
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ from benchmark_search import (
 )
 from torch import Tensor, nn
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command
 from captioner.config import DecoderConfig
 from captioner.data.dataset import CaptionDataset, TrainingBatches, encode_captions
 from captioner.data.images import in_batches, load_pixels
 from captioner.data.vocabulary import PAD
-from captioner.device import autocast
+from captioner.device import autocast, keep_freed_memory
 from captioner.files import write_json
 from captioner.inference.captioner import Captioner
 from captioner.inference.folder import ImageFile, caption_files
@@ -271,9 +271,7 @@ PARTS = ("captioning", "decoder", "published", "batches", "latency", "training")
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        "benchmark.py", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = Parser("benchmark.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="trained checkpoint directories")
     parser.add_argument(
         "--images",
@@ -291,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--output", type=Path, help="write the numbers as JSON too")
     args = parser.parse_args(argv)
+    keep_freed_memory()  # as the commands do
     datasets = []
     for annotations, folder in args.images:
         dataset = CaptionDataset.load(annotations, folder)

@@ -1,4 +1,4 @@
-"""Caption a folder of images (the same as ``captioner caption``)."""
+"""Caption images and folders of them (the same as ``captioner caption``)."""
 
 from captioner.commands.caption import main
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command
 from captioner.data.annotations import ImageId, read_annotations
 from captioner.data.tokenizer import tokenize
 from captioner.metrics.evaluation import read_evaluation
@@ -30,7 +30,7 @@ Outcome = tuple[float, np.ndarray, float]  # of the corpus, of each image, secon
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--references", type=Path, required=True, help="captions that people wrote")
     parser.add_argument("--hypotheses", type=Path, help="captions to be scored")
     parser.add_argument("--images", type=int, help="score only the first so many images")
@@ -45,33 +45,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     require(TOKENIZER_JAR)
     hypotheses, references = _captions(options)
-    theirs = _official(hypotheses, references, not options.no_meteor)
-    ours = _ours(hypotheses, references, not options.no_meteor)
+    official = _score_officially(hypotheses, references, not options.no_meteor)
+    ours = _score(hypotheses, references, not options.no_meteor)
     print(f"{len(references)} images, {sum(map(len, references.values()))} references")
     print("| metric | official | ours | difference | largest for an image | official s | ours s |")
     print("|---|---|---|---|---|---|---|")
-    for name, (value, images, seconds) in theirs.items():
-        own, own_images, own_seconds = ours[name]
-        largest = float(np.abs(images - own_images).max()) if len(images) else 0.0
+    for name, (official_value, official_images, official_seconds) in official.items():
+        value, images, seconds = ours[name]
+        largest = float(np.abs(official_images - images).max()) if len(images) else 0.0
         print(
-            f"| {name} | {value!r} | {own!r} | {own - value:.1e} | {largest:.1e} "
-            f"| {seconds:.2f} | {own_seconds:.2f} |"
+            f"| {name} | {official_value!r} | {value!r} | {value - official_value:.1e} "
+            f"| {largest:.1e} | {official_seconds:.2f} | {seconds:.2f} |"
         )
     totals = [
-        sum(row[2] for name, row in rows.items() if name != "METEOR") for rows in (theirs, ours)
+        sum(outcome[2] for name, outcome in outcomes.items() if name != "METEOR")
+        for outcomes in (official, ours)
     ]
     print(
         f"without METEOR: official {totals[0]:.2f} s, ours {totals[1]:.2f} s, "
         f"{totals[0] / totals[1]:.1f} times faster"
     )
     if options.up_to:
-        _scale(hypotheses, references, options.up_to)
+        _print_scaling(hypotheses, references, options.up_to)
     return 0
 
 
-def _scale(hypotheses: dict[ImageId, str], references: Captions, most: int) -> None:
+def _print_scaling(
+    hypotheses: dict[ImageId, str], references: Captions, most_captions: int
+) -> None:
     """Print seconds and memory for ever more captions: they must grow alike."""
-    images = most * len(references) // (len(references) + sum(map(len, references.values())))
+    images = (
+        most_captions * len(references) // (len(references) + sum(map(len, references.values())))
+    )
     print("| images | captions | s | microseconds an image | peak MiB |")
     print("|---|---|---|---|---|")
     for share in (16, 4, 1):
@@ -85,15 +90,15 @@ def _scale(hypotheses: dict[ImageId, str], references: Captions, most: int) -> N
         seconds = time.perf_counter() - start
         captions = sum(1 + len(references[key]) for key in keys)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # Linux counts in KiB
-        each = 1e6 * seconds / len(keys)
-        print(f"| {len(keys)} | {captions} | {seconds:.2f} | {each:.0f} | {peak} |")
+        microseconds = 1e6 * seconds / len(keys)
+        print(f"| {len(keys)} | {captions} | {seconds:.2f} | {microseconds:.0f} | {peak} |")
 
 
 def _captions(options: argparse.Namespace) -> tuple[dict[ImageId, str], Captions]:
     if options.hypotheses:
-        read = read_evaluation(options.references, [options.hypotheses], allow_missing=True)
-        ((_, hypotheses),) = read.hypotheses.items()
-        references = read.references
+        evaluation = read_evaluation(options.references, [options.hypotheses], allow_missing=True)
+        ((_, hypotheses),) = evaluation.hypotheses.items()
+        references = evaluation.references
     else:
         images = read_annotations(options.references).images
         several = [image for image in images if len(image.captions) > 1]
@@ -103,7 +108,7 @@ def _captions(options: argparse.Namespace) -> tuple[dict[ImageId, str], Captions
     return {key: hypotheses[key] for key in keys}, {key: references[key] for key in keys}
 
 
-def _official(
+def _score_officially(
     hypotheses: dict[ImageId, str], references: Captions, meteor: bool
 ) -> dict[str, Outcome]:
     from pycocoevalcap.bleu.bleu import Bleu
@@ -115,36 +120,38 @@ def _official(
     outcomes: dict[str, Outcome] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         start = time.perf_counter()
-        truth = PTBTokenizer().tokenize(
+        reference_tokens = PTBTokenizer().tokenize(
             {key: [{"caption": text} for text in texts] for key, texts in references.items()}
         )
-        given = PTBTokenizer().tokenize(
+        hypothesis_tokens = PTBTokenizer().tokenize(
             {key: [{"caption": text}] for key, text in hypotheses.items()}
         )
         outcomes["tokens"] = (0.0, np.zeros(0), time.perf_counter() - start)
         start = time.perf_counter()
-        values, images = Bleu(4).compute_score(truth, given)
+        values, images = Bleu(4).compute_score(reference_tokens, hypothesis_tokens)
         seconds = time.perf_counter() - start
         for order, name in enumerate(BLEU_NAMES):
             outcomes[name] = (values[order], np.array(images[order]), seconds / 4)
         scorers: list[tuple[str, Any]] = [("ROUGE-L", Rouge), ("CIDEr-D", Cider)]
         for name, scorer in scorers + ([("METEOR", Meteor)] if meteor else []):
             start = time.perf_counter()
-            value, images = scorer().compute_score(truth, given)
+            value, images = scorer().compute_score(reference_tokens, hypothesis_tokens)
             outcomes[name] = (float(value), np.array(images), time.perf_counter() - start)
     return outcomes
 
 
-def _ours(hypotheses: dict[ImageId, str], references: Captions, meteor: bool) -> dict[str, Outcome]:
+def _score(
+    hypotheses: dict[ImageId, str], references: Captions, meteor: bool
+) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     start = time.perf_counter()
-    given = [tokenize(text) for text in hypotheses.values()]
-    truth = [[tokenize(text) for text in texts] for texts in references.values()]
+    hypothesis_tokens = [tokenize(text) for text in hypotheses.values()]
+    reference_tokens = [[tokenize(text) for text in texts] for texts in references.values()]
     outcomes["tokens"] = (0.0, np.zeros(0), time.perf_counter() - start)
     groups = [BLEU_NAMES, ("ROUGE-L",), ("CIDEr-D",), *([("METEOR",)] if meteor else [])]
     for names in groups:
         start = time.perf_counter()
-        scores = score_tokens(given, truth, names)
+        scores = score_tokens(hypothesis_tokens, reference_tokens, names)
         seconds = (time.perf_counter() - start) / len(names)
         for name in names:
             outcomes[name] = (scores.corpus[name], scores.per_image[name], seconds)

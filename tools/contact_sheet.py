@@ -1,20 +1,20 @@
 """Draw images with their captions below them into one picture, to look at results at a glance."""
 
-import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from captioner.cli import HelpFormatter, command
-from captioner.data.annotations import read_annotations
-from captioner.data.images import load_image
+from captioner.cli import HelpFormatter, Parser, command
+from captioner.data.annotations import image_path, read_annotations
+from captioner.data.image_files import load_thumbnail
 from captioner.data.predictions import read_predictions
-from captioner.errors import DataError
+from captioner.errors import DataError, UsageError
 from captioner.files import atomic_write
 
 MARGIN = 8
+MOST_LINES = 12  # of one caption
 
 
 def draw_sheet(
@@ -22,7 +22,10 @@ def draw_sheet(
 ) -> Image.Image:
     """Return one picture: each image within ``size`` x ``size`` pixels, its caption below."""
     font = ImageFont.load_default(size=13)
-    wrapped = [textwrap.wrap(caption, size // 7) or [""] for caption in captions]
+    wrapped = [
+        textwrap.wrap(caption, max(4, size // 7), max_lines=MOST_LINES, placeholder=" …") or [""]
+        for caption in captions
+    ]
     text_height = 16 * max(len(lines) for lines in wrapped)
     width, height = size + MARGIN, size + text_height + 2 * MARGIN
     rows = -(-len(images) // columns)
@@ -39,9 +42,7 @@ def draw_sheet(
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the first images of a results file."""
-    parser = argparse.ArgumentParser(
-        "contact_sheet.py", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = Parser("contact_sheet.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("captions", type=Path, help="results file, as caption_folder.py wrote it")
     parser.add_argument("folder", type=Path, help="folder of the images")
     parser.add_argument("--annotations", type=Path, help="captions file whose ids the results use")
@@ -50,13 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--columns", type=int, default=4, help="images in a row")
     parser.add_argument("--size", type=int, default=180, help="side of an image, in pixels")
     args = parser.parse_args(argv)
+    for option in ("count", "columns", "size"):
+        if getattr(args, option) < 1:
+            raise UsageError(f"--{option} must be at least 1, found {getattr(args, option)}")
     results = list(read_predictions(args.captions).items())[: args.count]
     if not results:
         raise DataError(f"{args.captions}: no captions to show")
     listed = read_annotations(args.annotations).images if args.annotations else []
-    names = {image.image_id: image.file_name for image in listed}
-    images = [load_image(args.folder / str(names.get(i, i))) for i, _ in results]
-    sheet = draw_sheet(images, [caption for _, caption in results], args.columns, args.size)
+    file_names = {image.image_id: image.file_name for image in listed}
+    paths = [image_path(args.folder, file_names.get(key) or str(key)) for key, _ in results]
+    images = [load_thumbnail(path, args.size) for path in paths]
+    columns = min(args.columns, len(images))
+    sheet = draw_sheet(images, [caption for _, caption in results], columns, args.size)
     with atomic_write(args.output, "wb") as file:
         sheet.save(file, "PNG", optimize=True)
     return 0

@@ -4,12 +4,11 @@ The golden file holds the captions too, so that it can be made again: ``[caption
 the tokens joined by spaces. It needs Java and the extra ``official``.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command
 from captioner.data.tokenizer import tokenize
 from captioner.files import atomic_write, read_json, read_text
 from captioner.metrics.official import java_tokenize
@@ -20,7 +19,7 @@ GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "golden_tokens.jsonl"
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--golden", type=Path, default=GOLDEN, help="the file to renew")
     parser.add_argument("--add", type=Path, help="JSON list of further captions to put into it")
     options = parser.parse_args(argv)

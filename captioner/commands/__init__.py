@@ -10,11 +10,12 @@ from captioner.version import __version__
 
 COMMANDS = {
     "train": "train a captioner from an experiment file",
-    "caption": "caption a folder of images",
+    "caption": "caption images and folders of them",
     "evaluate": "score captions against references",
     "shapes": "draw the data set of rendered scenes",
     "check_shapes": "say whether captions of rendered scenes are true",
     "download": "fetch COCO images, captions and the Karpathy split",
+    "cache": "list the features that are kept on disk, and remove them",
 }
 
 

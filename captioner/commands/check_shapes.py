@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command, program_name
 from captioner.data.predictions import read_predictions
 from captioner.data.shape_captions import Verdict, captions_of, check_captions, shares
 from captioner.data.shapes import Record
@@ -20,8 +20,10 @@ from captioner.progress import log_line
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    parser = argparse.ArgumentParser(
-        "check_shapes.py", description=__doc__, formatter_class=HelpFormatter
+    parser = Parser(
+        program_name("check_shapes", "check_shapes.py"),
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--scenes", type=Path, required=True, help="scenes_SPLIT.json of the data set"

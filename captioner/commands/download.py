@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command, program_name
 from captioner.data.coco import (
     COCO_ARCHIVES,
-    KARPATHY_IMAGES,
     Archive,
-    obtain,
+    fetch_archive,
     place_karpathy_images,
 )
 from captioner.errors import DataError, UsageError
@@ -64,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     (directory / "downloads").mkdir(parents=True, exist_ok=True)
     busy = DataError(f"{directory}: another download into it is at work; wait for it")
     with locked(directory / "downloads" / ".lock", busy):
-        changed = [obtain(archive, directory, options.keep_archives) for archive in archives]
+        changed = [fetch_archive(archive, directory, options.keep_archives) for archive in archives]
         if (directory / "annotations" / "dataset_coco.json").exists():
-            place_karpathy_images(directory, None if options.any_content else KARPATHY_IMAGES)
+            place_karpathy_images(directory)
     if not any(changed):
         log_line(f"nothing to do: everything asked for is already in {directory}")
     print(_summary(directory))
@@ -74,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="download_coco.py",
+    parser = Parser(
+        prog=program_name("download", "download_coco.py"),
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=HelpFormatter,
@@ -98,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         "--any-content",
         action="store_true",
         help="accept archives other than the published ones (a subset, a mirror that packed them "
-        "anew): sizes, SHA-256 and numbers of files aren't compared, CRC-32 still is",
+        "anew): sizes, SHA-256 and numbers of files aren't compared; CRC-32 and the most bytes "
+        "that are received and unpacked still are",
     )
     parser.add_argument(
         "--keep-archives",
@@ -116,12 +116,8 @@ def _archives(options: argparse.Namespace) -> list[Archive]:
         base = options.base_url.rstrip("/")
         if urlsplit(base).scheme not in ("http", "https") or not urlsplit(base).hostname:
             raise UsageError(f"--base-url {options.base_url}: an http or https address is expected")
-        archives = [replace(each, url=f"{base}/{each.mirror_path}") for each in archives]
-    if options.any_content:
-        archives = [
-            replace(each, size=None, sha256=None, files=None, unpacked=None) for each in archives
-        ]
-    return archives
+        archives = [replace(archive, base=base) for archive in archives]
+    return [replace(archive, published=not options.any_content) for archive in archives]
 
 
 def _summary(directory: Path) -> str:

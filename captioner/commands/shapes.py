@@ -10,15 +10,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command, program_name
 from captioner.data.shapes_dataset import SPLITS, write_data_set
 from captioner.progress import log_line
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    parser = argparse.ArgumentParser(
-        "make_shapes.py", description=__doc__, formatter_class=HelpFormatter
+    parser = Parser(
+        program_name("shapes", "make_shapes.py"), description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument(
         "directory", metavar="DIR", type=Path, help="folder to make; an earlier set is replaced"

@@ -1,17 +1,21 @@
 """``captioner train``: train a captioner from an experiment file."""
 
 import argparse
+import shlex
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command, program_name
 from captioner.experiment_file import load_config
 
+PROGRAM = ("train", "train.py")
 DESCRIPTION = """\
 Train a captioner from an experiment file.
 
 Any setting of the file can be overridden, for example:
-  train.py experiments/flickr8k_attention.toml decoder.cell=gru --output-dir runs/gru
+  {program} experiments/flickr8k_attention.toml decoder.cell=gru --output-dir runs/gru
 The settings, their defaults and units are in captioner/config.py.
 """
 
@@ -19,26 +23,62 @@ The settings, their defaults and units are in captioner/config.py.
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; print the best checkpoint's validation scores."""
-    parser = argparse.ArgumentParser(
-        "train.py", description=DESCRIPTION, formatter_class=HelpFormatter
+    words = list(sys.argv[1:] if argv is None else argv)
+    args, overrides = _parse(words)
+    config = load_config(args.experiment, overrides)
+
+    from captioner.device import keep_freed_memory  # torch takes seconds to import; --help must not
+    from captioner.training.run import train
+    from captioner.training.stopping import TrainingStopped
+
+    keep_freed_memory()
+    try:
+        scores = train(
+            config, args.output_dir, args.resume or args.resume_or_start, args.resume_or_start
+        )
+    except TrainingStopped as stopped:
+        cause = "Ctrl-C" if stopped.signal == signal.SIGINT else stopped.signal.name
+        resumable = (args.output_dir / "last").exists()
+        print(
+            f"stopped by {cause}; to go on:\n  {_command_again(words, resumable)}", file=sys.stderr
+        )
+        return 128 + stopped.signal
+    for name, score in scores.items():
+        print(f"{name}: {score:.4f}")
+    print(f"best checkpoint: {args.output_dir / 'best'}")
+    return 0
+
+
+def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options and the overrides."""
+    program = program_name(*PROGRAM)
+    parser = Parser(
+        program, description=DESCRIPTION.format(program=program), formatter_class=HelpFormatter
     )
     parser.add_argument("experiment", type=Path, help="experiment file (TOML)")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changed settings"
     )
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of the run")
-    parser.add_argument(
+    resume = parser.add_mutually_exclusive_group()
+    resume.add_argument(
         "--resume", action="store_true", help="continue the run in --output-dir where it stopped"
     )
-    args = parser.parse_intermixed_args(argv)
-    config = load_config(args.experiment, args.overrides)
+    resume.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="continue the run, or start one if there is none; for jobs that restart",
+    )
+    args, unknown = parser.parse_known_intermixed_args(words)
+    dashed = [word for word in unknown if "." in word.partition("=")[0]]  # --training.epochs=1
+    if unknown and not dashed:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args, [*dashed, *args.overrides]
 
-    from captioner.device import keep_freed_memory  # torch takes seconds to import; --help must not
-    from captioner.training.run import train
 
-    keep_freed_memory()
-    scores = train(config, args.output_dir, args.resume)
-    for name, score in scores.items():
-        print(f"{name}: {score:.4f}")
-    print(f"best checkpoint: {args.output_dir / 'best'}")
-    return 0
+def _command_again(words: list[str], resumable: bool) -> str:
+    """Return the command line that this process was started by, with --resume where it can."""
+    again = [] if {"--resume", "--resume-or-start"} & set(words) or not resumable else ["--resume"]
+    if sys.orig_argv[-len(words) :] == words:
+        return shlex.join([*sys.orig_argv, *again])
+    return f"{program_name(*PROGRAM)} {shlex.join([*words, *again])}"  # called from Python

@@ -7,14 +7,16 @@ import contextlib
 import csv
 import io
 import os
+import reprlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pycocotools.coco import COCO
 
+from captioner.data.near_names import near_names_hint, show_name
 from captioner.errors import DataError, did_you_mean, name_some
 from captioner.files import read_json, read_text
 
@@ -22,7 +24,9 @@ ImageId = int | str
 
 IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "comment", "captions")
-KIND_NAMES: dict[type, str] = {int: "integer", str: "text", list: "a list"}
+KIND_NAMES: dict[type, str] = {int: "integer", str: "text", list: "a list", type(None): "null"}
+# Names of splits in the field's files: one that is missing is no mistyped other one.
+SPLIT_NAMES = {"train", "restval", "trainval", "val", "test", "dev", "minival"}
 
 
 @dataclass
@@ -48,11 +52,17 @@ class Annotations:
         path: The file.
         images: Its images in the file's order (those of the split that was asked for).
         notes: What was found wrong but could be left out, one line each, with counts and ids.
+        split_sizes: How many images each split has, where the file names splits.
     """
 
     path: Path
     images: list[AnnotatedImage]
     notes: list[str]
+    split_sizes: Counter[str] = field(default_factory=Counter)
+
+    def describe_splits(self) -> str:
+        """Return the splits and how many images each has, ``"train 6000, val 1000"``."""
+        return ", ".join(f"{name} {size}" for name, size in self.split_sizes.items())
 
 
 def read_annotations(path: str | Path, split: str | None = None) -> Annotations:
@@ -82,6 +92,11 @@ def read_annotations(path: str | Path, split: str | None = None) -> Annotations:
             annotations = _from_coco(path, content, split_name)
     if split_file:
         _keep_listed(annotations, split_file)
+    elif not split and len(annotations.split_sizes) > 1:
+        annotations.notes.append(
+            f"{path}: no split was chosen, so the images of all splits are taken "
+            f"({annotations.describe_splits()})"
+        )
     return annotations
 
 
@@ -101,7 +116,8 @@ def _from_coco(path: Path, content: Any, split: str | None) -> Annotations:
             "text file that lists the images, or leave the split out"
         )
     content.setdefault("annotations", [])  # test sets come without captions
-    images = _entries(path, content, "images", needed={"id": (int, str)})
+    name_kinds = {"file_name": (str, type(None))}
+    images = _entries(path, content, "images", needed={"id": (int, str)}, optional=name_kinds)
     captions = _entries(
         path,
         content,
@@ -117,28 +133,32 @@ def _from_coco(path: Path, content: Any, split: str | None) -> Annotations:
     coco.dataset = {"images": images, "annotations": captions}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-    strangers = {entry["image_id"] for entry in captions if entry["image_id"] not in coco.imgs}
-    if strangers:
-        raise DataError(
-            f"{path}: captions name {len(strangers)} image ids that 'images' doesn't list "
-            f"({name_some(sorted(strangers, key=str))})"
-        )
-    found = []
+    _check_known_ids(path, (entry["image_id"] for entry in captions), coco.imgs)
+    annotated = []
     empty: list[object] = []
     for image_id, entry in coco.imgs.items():
         image = AnnotatedImage(image_id, entry.get("file_name"))
         for annotation in coco.imgToAnns.get(image_id, []):
             _add_caption(image, annotation["caption"], annotation["id"], empty)
-        found.append(image)
-    return Annotations(path, found, _notes(path, found, empty))
+        annotated.append(image)
+    return Annotations(path, annotated, _notes(path, annotated, empty))
+
+
+def _check_known_ids(path: Path, ids: Iterable[ImageId], known: Collection[ImageId]) -> None:
+    unknown = sorted({image_id for image_id in ids if image_id not in known}, key=str)
+    if unknown:
+        raise DataError(
+            f"{path}: captions name {len(unknown)} image ids that 'images' doesn't list "
+            f"({name_some(unknown)})" + near_names_hint(unknown, known, "'images'")
+        )
 
 
 def _entries(
     path: Path,
     content: dict[str, Any],
     name: str,
-    needed: dict[str, tuple[type, ...]],
-    optional: dict[str, tuple[type, ...]] | None = None,
+    needed: Mapping[str, tuple[type, ...]],
+    optional: Mapping[str, tuple[type, ...]] | None = None,
 ) -> list[dict[str, Any]]:
     """Return ``content[name]`` after checking that it lists objects with these fields."""
     entries = content[name]
@@ -146,15 +166,17 @@ def _entries(
         raise DataError(f"{path}: '{name}' must be a list, found {type(entries).__name__}")
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise DataError(f"{path}: {name}[{position}] must be an object, found {entry!r}")
+            raise DataError(
+                f"{path}: {name}[{position}] must be an object, found {reprlib.repr(entry)}"
+            )
         present = {key: kinds for key, kinds in (optional or {}).items() if key in entry}
-        for key, kinds in (needed | present).items():
+        for key, kinds in {**needed, **present}.items():
             value = entry.get(key)
             if not isinstance(value, kinds) or isinstance(value, bool):
                 expected = " or ".join(KIND_NAMES[kind] for kind in kinds)
                 raise DataError(
-                    f"{path}: {name}[{position}] (id {entry.get('id')}): '{key}' must be "
-                    f"{expected}, found {value!r}"
+                    f"{path}: {name}[{position}] (id {reprlib.repr(entry.get('id'))}): '{key}' "
+                    f"must be {expected}, found {reprlib.repr(value)}"
                 )
     return entries
 
@@ -187,11 +209,12 @@ def _from_karpathy(path: Path, content: dict[str, Any], split: str | None) -> An
             "sentences": (list,),
         },
     )
-    wanted = _wanted_splits(path, split, {entry["split"] for entry in entries})
-    found: list[AnnotatedImage] = []
+    split_sizes = Counter(entry["split"] for entry in entries)
+    splits = _chosen_splits(path, split, split_sizes)
+    annotated: list[AnnotatedImage] = []
     empty: list[object] = []
     for position, entry in enumerate(entries):
-        if wanted is not None and entry["split"] not in wanted:
+        if entry["split"] not in splits:
             continue
         image_id = entry.get("cocoid", entry.get("imgid", entry["filename"]))
         image = AnnotatedImage(image_id, str(Path(entry.get("filepath", "")) / entry["filename"]))
@@ -201,21 +224,9 @@ def _from_karpathy(path: Path, content: dict[str, Any], split: str | None) -> An
                     f"{path}: images[{position}] (id {image_id}): a sentence lacks 'raw'"
                 )
             _add_caption(image, sentence["raw"], sentence.get("sentid", image_id), empty)
-        found.append(image)
-    _check_unique_ids(path, (image.image_id for image in found))
-    return Annotations(path, found, _notes(path, found, empty))
-
-
-def _wanted_splits(path: Path, split: str | None, known: set[str]) -> set[str] | None:
-    if split is None:
-        return None
-    wanted = set(split.split("+"))
-    for name in sorted(wanted - known):
-        raise DataError(
-            f"{path}: no image has split '{name}'{did_you_mean(name, known)} "
-            f"(there are {', '.join(sorted(known))})"
-        )
-    return wanted
+        annotated.append(image)
+    _check_unique_ids(path, (image.image_id for image in annotated))
+    return Annotations(path, annotated, _notes(path, annotated, empty), split_sizes)
 
 
 # --- CSV ------------------------------------------------------------------------------------
@@ -228,22 +239,23 @@ def _from_csv(path: Path, split: str | None) -> Annotations:
         rows = _flickr_token_rows(path, text)
     else:
         rows = _csv_rows(path, text)
-    if split:
-        known = {row["split"] for row in rows if "split" in row}
-        if not known:
-            raise DataError(
-                f"{path}: split '{split}' was asked for, but the file has no 'split' column; "
-                "give a text file that lists the images instead"
-            )
-        wanted = _wanted_splits(path, split, known) or set()
-        rows = [row for row in rows if row["split"] in wanted]
+    pairs = dict.fromkeys((row["image"], row["split"]) for row in rows if "split" in row)
+    split_sizes = Counter(name for _, name in pairs)
+    if split and not split_sizes:
+        raise DataError(
+            f"{path}: split '{split}' was asked for, but the file has no 'split' column; "
+            "give a text file that lists the images instead"
+        )
+    if split_sizes:
+        splits = _chosen_splits(path, split, split_sizes)
+        rows = [row for row in rows if row["split"] in splits]
     images: dict[str, AnnotatedImage] = {}
     empty: list[object] = []
     for row in rows:
         image = images.setdefault(row["image"], AnnotatedImage(row["image"], row["image"]))
         _add_caption(image, row["caption"], row["image"], empty)
-    found = list(images.values())
-    return Annotations(path, found, _notes(path, found, empty))
+    annotated = list(images.values())
+    return Annotations(path, annotated, _notes(path, annotated, empty), split_sizes)
 
 
 def _csv_rows(path: Path, text: str) -> list[dict[str, str]]:
@@ -283,13 +295,7 @@ def _csv_lines(
     path: Path, text: str, delimiter: str, quoting: Literal[0, 3]
 ) -> list[tuple[int, list[str]]]:
     """Return the cells of each row that isn't blank, with the number of its first line."""
-    reader = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=delimiter,
-        quoting=quoting,
-        skipinitialspace=True,
-        strict=True,  # else a quote that isn't closed swallows the rest of the file
-    )
+    reader = csv_reader(text, delimiter=delimiter, quoting=quoting, skipinitialspace=True)
     lines, number = [], 1
     try:
         for cells in reader:
@@ -317,15 +323,37 @@ def _flickr_token_rows(path: Path, text: str) -> list[dict[str, str]]:
 # --- shared ---------------------------------------------------------------------------------
 
 
+def _chosen_splits(path: Path, split: str | None, sizes: Counter[str]) -> set[str]:
+    """Return the splits that are asked for, such as "train+restval"; None asks for all."""
+    if not split:
+        return set(sizes)
+    chosen = set(split.split("+"))
+    for name in sorted(chosen - sizes.keys()):
+        hint = "" if name in SPLIT_NAMES else did_you_mean(name, sizes)
+        raise DataError(
+            f"{path}: no image has split '{name}'{hint} (there are {', '.join(sorted(sizes))})"
+        )
+    return chosen
+
+
+def csv_reader(text: str, **form: Any) -> Any:
+    """Return a ``csv.reader`` over a text, for captions of any length; ``form`` as it takes it."""
+    csv.field_size_limit(2**31 - 1)  # the greatest everywhere; it is one for the whole process
+    # strict: else a quote that isn't closed swallows the rest of the file
+    return csv.reader(io.StringIO(text, newline=""), strict=True, **form)
+
+
 def _lines(text: str) -> list[str]:
     """Split at line feeds and carriage returns; ``splitlines`` also does at U+2028 and others."""
     return io.StringIO(text, newline=None).read().split("\n")
 
 
 def _check_unique_ids(path: Path, image_ids: Iterable[ImageId]) -> None:
-    twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
-    if twice:
-        raise DataError(f"{path}: {len(twice)} image ids are listed twice ({name_some(twice)})")
+    repeated = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{path}: {len(repeated)} image ids are listed twice ({name_some(repeated)})"
+        )
 
 
 def _add_caption(
@@ -341,9 +369,11 @@ def _notes(path: Path, images: list[AnnotatedImage], empty: list[object]) -> lis
     notes = []
     if empty:
         notes.append(f"{path}: {len(empty)} empty captions left out (ids {name_some(empty)})")
-    bare = [image.image_id for image in images if not image.captions]
-    if bare:
-        notes.append(f"{path}: {len(bare)} images have no caption (ids {name_some(bare)})")
+    uncaptioned = [image.image_id for image in images if not image.captions]
+    if uncaptioned:
+        notes.append(
+            f"{path}: {len(uncaptioned)} images have no caption (ids {name_some(uncaptioned)})"
+        )
     return notes
 
 
@@ -351,10 +381,23 @@ def _keep_listed(annotations: Annotations, split_file: str) -> None:
     """Keep the images whose file names a text file lists, one a line."""
     listed = {line.strip() for line in _lines(read_text(split_file)) if line.strip()}
     kept = [image for image in annotations.images if image.file_name in listed]
-    strangers = listed - {image.file_name for image in kept}
-    if strangers:
+    unknown = sorted(listed - {image.file_name for image in kept})
+    if unknown:
+        names = [image.file_name for image in annotations.images if image.file_name]
         raise DataError(
-            f"{split_file}: {len(strangers)} listed images are not in {annotations.path} "
-            f"({name_some(sorted(strangers))})"
+            f"{split_file}: {len(unknown)} listed images are not in {annotations.path} "
+            f"({name_some(unknown)}){near_names_hint(unknown, names, str(annotations.path))}"
         )
     annotations.images = kept
+
+
+def image_path(folder: str | Path, file_name: str) -> Path:
+    """Return where an annotated image is, below the folder of the images.
+
+    Raises:
+        DataError: The name reaches outside the folder: it is absolute, or has too many ``..``.
+    """
+    normalised = os.path.normpath(file_name)
+    if Path(file_name).anchor or Path(normalised).parts[:1] == ("..",):
+        raise DataError(f"{show_name(file_name)} reaches outside the folder of the images")
+    return Path(folder) / normalised

@@ -1,6 +1,7 @@
 """Images with their captions, and the batches that training takes them in."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ from captioner.progress import log_line
 
 # Batches are cut from so many batches' worth of shuffled images, sorted by caption length.
 BATCHES_IN_POOL = 16
+
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+UNSPACED_LETTER = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff66-\uff9f]"
+)
+LONGEST_MEAN_WORD = 6  # letters; in all of these scripts words are shorter on average
 
 
 @dataclass(frozen=True)
@@ -116,16 +123,39 @@ def _existing(
 
 
 def _with_words(images: Sequence[AnnotatedImage], source: str) -> list[AnnotatedImage]:
-    """Leave out captions of punctuation alone, and images that have no other; say how many."""
-    kept, wordless = [], 0
+    """Leave out captions of punctuation alone, and images that have no other; say what is odd."""
+    kept, count, wordless, repeated, unspaced = [], 0, 0, 0, 0
     for image in images:
-        captions = [caption for caption in image.captions if tokenize(caption)]
-        wordless += len(image.captions) - len(captions)
+        tokens = [tokenize(caption) for caption in image.captions]
+        pairs = zip(image.captions, tokens, strict=True)
+        captions = [caption for caption, words in pairs if words]
         if captions:
             kept.append(AnnotatedImage(image.image_id, image.file_name, captions))
+        count += len(captions)
+        wordless += len(tokens) - len(captions)
+        repeated += len(captions) - len({tuple(words) for words in tokens if words})
+        unspaced += sum(map(_is_unspaced, tokens))
     if wordless:
         log_line(f"warning: {source}: {wordless} captions without a word are left out")
+    if repeated:
+        log_line(
+            f"{source}: {repeated} of {count} captions repeat another of the same image; they are "
+            "kept, and count as often as they come"
+        )
+    if unspaced:
+        log_line(
+            f"warning: {source}: {unspaced} of {count} captions are in a script without spaces "
+            "between words (Chinese, Japanese, Thai, …) and become a word or two each; put spaces "
+            "between their words with a word segmenter first"
+        )
     return kept
+
+
+def _is_unspaced(words: Sequence[str]) -> bool:
+    """Tell whether words are so long that they must be whole phrases of a script without spaces."""
+    letters = [len(UNSPACED_LETTER.findall(word)) for word in words if not word.isascii()]
+    letters = [count for count in letters if count]
+    return sum(letters) > LONGEST_MEAN_WORD * len(letters)
 
 
 def check_no_overlap(train: CaptionDataset, val: CaptionDataset) -> None:

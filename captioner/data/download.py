@@ -1,107 +1,96 @@
-"""One file over HTTP: a download that goes on where it stopped."""
+"""One file over HTTP: a download that goes on where it stopped, and ends at the size expected."""
 
 import http.client
 import shutil
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from urllib.error import HTTPError, URLError
 
 from captioner.errors import DataError
 from captioner.progress import Progress, log_line
 from captioner.version import __version__
 
 RETRIES = 5  # tries without a new byte before giving up
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled from one to the next
+FIRST_WAIT = 1.0  # seconds before the next try, doubled from one to the next
 TIMEOUT = 30.0  # seconds without a byte before a connection counts as dropped
 BLOCK = 1 << 20
+# What may pass; other OSErrors, such as that of a full disk, don't.
+NETWORK_ERRORS = (URLError, http.client.HTTPException, TimeoutError, ConnectionError)
 
 
-class _Interrupted(Exception):
-    """A try failed in a way that may pass."""
-
-
-def download(url: str, path: Path, size: int | None = None) -> None:
+def download(url: str, path: Path, size: int, exact: bool = True) -> None:
     """Fetch a file. What an earlier try left in ``path.part`` isn't fetched again.
 
-    The server's ETag or date is kept beside it: a file that has changed is fetched from its start.
-    Dropped connections and servers in trouble (5xx, 429) are tried again after a pause.
+    Dropped connections and servers in trouble are tried again after a pause.
 
     Args:
         url: An ``http`` or ``https`` address.
         path: Where the file will be, once it is whole.
-        size: Its published size in bytes; None accepts any.
+        size: Its size in bytes; no more is ever received.
+        exact: Accept no smaller file either.
 
     Raises:
         DataError: No network, no such file, another size or too little room.
     """
     part = path.with_name(f"{path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    failures = 0
-    while True:
-        before = _size(part)
+    failures, before = 0, _size(part)
+    while not (exact and before == size):
         try:
-            _fetch_rest(url, part, size)
+            _fetch_rest(url, part, size, exact)
             break
-        except _Interrupted as error:
+        except NETWORK_ERRORS as error:
             failures = 1 if _size(part) > before else failures + 1
+            reason = getattr(error, "reason", None) or error
             if failures > RETRIES:
                 raise DataError(
-                    f"{url}: given up after {failures} tries ({error}); is there a network, or is "
-                    "a proxy needed? Run this again: it goes on where it stopped"
+                    f"{url}: given up after {failures} tries ({reason}); is there a network, or "
+                    "is a proxy needed? Run this again: it goes on where it stopped"
                 ) from None
-            wait = min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT)
-            log_line(f"{path.name}: {error}; next try in {wait:.0f} s")
+            before = _size(part)
+            wait = FIRST_WAIT * 2 ** (failures - 1)
+            log_line(f"{path.name}: {reason}; next try in {wait:.0f} s")
             time.sleep(wait)
-    if size not in (None, _size(part)):
-        raise DataError(f"{part}: {_size(part):,} bytes came, the published file has {size:,}")
     part.replace(path)
-    _version_path(part).unlink(missing_ok=True)
 
 
-def _fetch_rest(url: str, part: Path, size: int | None) -> None:
-    """Append to ``part`` what it lacks; all of it where the server's file is another one."""
-    have, version = _size(part), _read(_version_path(part))
+def _fetch_rest(url: str, part: Path, size: int, exact: bool) -> None:
+    """Append to ``part`` what it lacks; all of it where the server sends all."""
+    have = _size(part)
     headers = {"User-Agent": f"captioner/{__version__}"}
-    if have and version:
-        headers |= {"Range": f"bytes={have}-", "If-Range": version}
+    if have:
+        headers["Range"] = f"bytes={have}-"
     request = urllib.request.Request(url, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            start = have if response.status == 206 else 0
-            length = response.headers.get("Content-Length")
-            total = start + int(length) if length else size
-            check_free_space(part.parent, (total or 0) - start, f"the rest of {part.stem}")
-            # A weak ETag says nothing about single bytes (RFC 9110, section 13.1.5).
-            etag = response.headers.get("ETag", "")
-            version = response.headers.get("Last-Modified", "") if etag[:2] in ("", "W/") else etag
-            _version_path(part).write_text(version, encoding="utf-8")
-            _receive(response, part, start, total)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left, or the file has become shorter
-            if have != size:
-                part.unlink()
-                raise _Interrupted("it has changed on the server") from None
-        elif error.code >= 500 or error.code == 429:
-            raise _Interrupted(f"the server answered {error.code}") from None
-        else:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except HTTPError as error:
+        if error.code == 416:  # the file ends before what is here: it is another one
+            part.unlink()
+        elif error.code < 500 and error.code != 429:
             raise DataError(f"{url}: the server answered {error.code} {error.reason}") from None
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
-        raise _Interrupted(f"no connection ({getattr(e, 'reason', None) or e})") from None
-
-
-def _receive(response: Any, part: Path, start: int, total: int | None) -> None:
-    with (
-        open(part, "ab" if start else "wb") as file,
-        Progress(part.stem, total, "B", initial=start, scale=True) as progress,
-    ):
-        while block := response.read1(BLOCK):
-            file.write(block)
-            progress.update(len(block))
-        received = file.tell()
-    if total is not None and received < total:
-        raise _Interrupted(f"the connection was dropped after {received:,} of {total:,} bytes")
+        raise
+    with response:
+        start = have if response.status == 206 else 0
+        total = None if response.length is None else start + response.length
+        expected = f"{size:,} were expected" if exact else f"at most {size:,} were expected"
+        if total is not None and (total > size or (exact and total < size)):
+            raise DataError(f"{url}: the server's file has {total:,} bytes, {expected}")
+        check_free_space(part.parent, (total or size) - start, f"the rest of {part.stem}")
+        with (
+            open(part, "ab" if start else "wb") as file,
+            Progress(part.stem, total, "B", initial=start, scale=True) as progress,
+        ):
+            while (block := response.read1(BLOCK)) and file.tell() + len(block) <= size:
+                file.write(block)
+                progress.update(len(block))
+            received = file.tell()
+    if block:
+        part.unlink()
+        raise DataError(f"{url}: the server sends more bytes than the file has: {expected}")
+    least = total or (size if exact else 0)
+    if received < least:
+        raise ConnectionError(f"the connection was dropped after {received:,} of {least:,} bytes")
 
 
 def check_free_space(directory: Path, needed: int, purpose: str) -> None:
@@ -118,11 +107,3 @@ def check_free_space(directory: Path, needed: int, purpose: str) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _version_path(part: Path) -> Path:
-    return part.with_name(f"{part.name}.version")

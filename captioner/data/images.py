@@ -1,94 +1,36 @@
-"""From an image file to the pixels that the CNN sees; the same way in training and in use."""
+"""From an image to the pixels that the CNN sees; the same way in training and in use."""
 
+import contextlib
 import dataclasses
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from captioner.errors import ImageError
+from captioner.config import check_between
+from captioner.data.image_files import ImageSource, Reserve, load_image, max_pixels
+from captioner.device import give_back_freed_memory
+from captioner.errors import ConfigError, ImageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+RESIZES, INTERPOLATIONS = ("crop", "squash"), ("bilinear", "bicubic")
+
 # A strip longer than this times its width is cut before it is scaled: 10 x 100,000 pixels would
 # otherwise become 224 x 2,240,000. The centre square is the same.
 LONGEST_STRIP = 8
-
-
-def load_image(path: str | Path, least: int = 0) -> Image.Image:
-    """Read an image file as upright RGB, whatever its mode, bit depth or rotation.
-
-    Transparency becomes white; of an animation the first frame is taken.
-
-    Args:
-        path: The file.
-        least: A large JPEG may come out at 1/2, 1/4 or 1/8 of its size, which its decoder does for
-            next to nothing, as long as both sides keep this many pixels; 0 keeps the size.
-
-    Raises:
-        ImageError: It can't be read; the message names the file and the reason.
-    """
-    try:
-        with Image.open(path) as image:
-            if least:
-                image.draft(None, (least, least))
-            image.load()
-            return to_rgb(image)
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
-    # Pillow's decoders raise almost anything on damaged files, and one of them must not end a
-    # job over a million.
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ImageError(f"{path}: not a readable image ({reason})") from None
-
-
-def load_thumbnail(path: str | Path, size: int = 256) -> Image.Image:
-    """Return an image, as ``load_image`` reads it, with neither side longer than ``size``."""
-    image = load_image(path, size)
-    image.thumbnail((size, size))
-    return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image turned upright by its EXIF tag, as 8-bit RGB."""
-    image = _upright(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    image = image.convert("RGB")  # a copy
-    image.info.clear()  # with the EXIF tag gone, turning it again does nothing
-    return image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    # Damaged EXIF raises almost anything, and is no reason to lose the picture.
-    except Exception:
-        return image
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip it to white."""
-    values = np.asarray(image, dtype=np.float64)
-    if image.mode == "F":  # no fixed range: stretch the one that is used
-        values = values - values.min()
-        values = values * (65535 / (values.max() or 1.0))
-    return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -98,10 +40,14 @@ class Preprocessing:
     Attributes:
         resize: "crop" (shorter side to ``resize_size``, then the centre square) or "squash" (the
             whole image to the square).
-        image_size: Side of the square, in pixels.
-        resize_size: Length of the shorter side before the cut, in pixels.
+        image_size: Side of the square, 1 to 2,048 pixels.
+        resize_size: Length of the shorter side before the cut, 1 to 4,096 pixels.
         interpolation: "bilinear" or "bicubic".
-        mean, std: Subtracted from and divides red, green, blue (0 to 1), inside the encoder.
+        mean, std: Subtracted from and divides red, green, blue (0 to 1), inside the encoder; at
+            most 1e6, and the latter at least 1e-6.
+
+    Raises:
+        ConfigError: A value is another or impossible.
     """
 
     resize: str = "crop"
@@ -110,6 +56,28 @@ class Preprocessing:
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        check_between(self, image_size=(1, 2048), resize_size=(1, 4096))
+        for name, known in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(
+                    f"preprocessing.{name}: '{known[0]}' or '{known[1]}' was expected, found "
+                    f"{value!r}"
+                )
+        if self.resize == "crop" and self.resize_size < self.image_size:
+            raise ConfigError(
+                f"preprocessing.resize_size ({self.resize_size}) must be at least "
+                f"preprocessing.image_size ({self.image_size})"
+            )
+        for name, least in (("mean", -1e6), ("std", 1e-6)):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(least <= value <= 1e6 for value in values):
+                raise ConfigError(
+                    f"preprocessing.{name}: three numbers from {least:g} to 1e+06 were expected, "
+                    f"found {values}"
+                )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the pixels of an RGB image: (3, image_size, image_size), uint8."""
@@ -121,15 +89,23 @@ class Preprocessing:
             image = transforms.center_crop(image, [self.image_size, self.image_size])
         return transforms.pil_to_tensor(image)
 
-    def load(self, path: str | Path) -> torch.Tensor:
-        """Return the pixels of an image file: (3, image_size, image_size), uint8.
+    def load(
+        self, source: ImageSource, reserve: Reserve | None = None, name: str = ""
+    ) -> torch.Tensor:
+        """Return the pixels of an image: (3, image_size, image_size), uint8.
+
+        Args:
+            source: A path, bytes, an open binary file, or Pillow's image.
+            reserve: As ``load_image`` takes it.
+            name: What messages call the image; by default its path.
 
         Raises:
-            ImageError: It can't be read.
+            ImageError: It can't be read, or is too large.
+            MemoryError: There is too little memory for it.
         """
         # At twice the size and more, what is scaled down beforehand can't be told apart after.
         least = 2 * (self.image_size if self.resize == "squash" else self.resize_size)
-        return self(load_image(path, least))
+        return self(load_image(source, least, reserve, name))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -182,11 +158,15 @@ def load_pixels(
         batches: Indices into ``paths``, a list for each batch.
         device: What computes with the pixels; they are not moved there.
         workers: Processes or threads; 0 decodes in this one, -1 takes one a core (16 at most).
+            All together hold about 1 GiB of large images at a time (``DecodingMemory``). An image
+            for which memory runs out is read again while no other large one is held; then it fails.
     """
+    max_pixels()  # if it is set wrong, that is said here
     if workers < 0:
         workers = min(16, _cores())
-    files = _ImageFiles(paths, preprocessing)
-    if device.type == "cpu" and workers:
+    in_threads = device.type == "cpu" and workers > 0
+    files = _ImageFiles(paths, preprocessing, DecodingMemory(processes=not in_threads))
+    if in_threads:
         return _load_in_threads(files, batches, workers)
     return iter(
         DataLoader(
@@ -196,8 +176,14 @@ def load_pixels(
             num_workers=workers if len(batches) > 1 else 0,
             generator=torch.Generator(),  # its own: dropout's random numbers stay as they are
             pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_ctrl_c,
         )
     )
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes: what it ends is for the main one to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _load_in_threads(
@@ -220,18 +206,70 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+class DecodingMemory:
+    """What all readers of images may hold together while they decode: 1 GiB.
+
+    An image that takes less than 16 MiB, as almost all do, isn't counted and waits for none; one
+    that takes more than all there is waits until it is the only one. In threads glibc may keep up
+    to 64 MiB for each, freed, unless ``keep_freed_memory`` was called.
+
+    Args:
+        processes: Whether the readers are processes; otherwise they are threads.
+    """
+
+    BLOCK_BYTES, BLOCKS = 16 << 20, 64
+
+    def __init__(self, processes: bool) -> None:
+        kind: Any = multiprocessing if processes else threading
+        self._blocks = kind.Semaphore(self.BLOCKS)
+        self._turn = kind.Lock()  # two that wait with half of what they need would wait for ever
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Reserve]:
+        """Give a function that waits until so many bytes may be used: until the context ends."""
+        count = 0
+
+        def reserve(size: int) -> None:
+            nonlocal count
+            with self._turn if size >= self.BLOCK_BYTES else contextlib.nullcontext():
+                while count < min(size // self.BLOCK_BYTES, self.BLOCKS):
+                    self._blocks.acquire()
+                    count += 1
+
+        try:
+            yield reserve
+        finally:
+            if count:
+                give_back_freed_memory()  # else each thread would keep its own
+            for _ in range(count):
+                self._blocks.release()
+
+
 class _ImageFiles(Dataset):
-    def __init__(self, paths: Sequence[str | Path], preprocessing: Preprocessing) -> None:
-        self.paths, self.preprocessing = paths, preprocessing
+    def __init__(
+        self, paths: Sequence[str | Path], preprocessing: Preprocessing, memory: DecodingMemory
+    ) -> None:
+        self.paths, self.preprocessing, self.memory = paths, preprocessing, memory
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str]:
-        try:
-            return index, self.preprocessing.load(self.paths[index]), ""
-        except ImageError as error:
-            return index, None, str(error)
+        for alone in (False, True):  # the memory that others hold may be what it lacks
+            try:
+                return index, self._load(index, alone), ""
+            except ImageError as error:
+                return index, None, str(error)
+            except MemoryError:
+                pass  # what the failed try held is free again after this clause
+        message = "there is too little memory to read it; free some, or scale the image down"
+        return index, None, f"{self.paths[index]}: {message}"
+
+    def _load(self, index: int, alone: bool) -> torch.Tensor:
+        with self.memory.reader() as reserve:
+            if alone:
+                reserve(self.memory.BLOCK_BYTES * self.memory.BLOCKS)
+            return self.preprocessing.load(self.paths[index], reserve)
 
 
 def _collate(items: list[tuple[int, torch.Tensor | None, str]]) -> PixelBatch:

@@ -2,33 +2,36 @@
 
 A row is a mapping with ``image_id`` (integer or text) and ``caption``; what else it holds, such
 as ``file_name``, is kept. CSV has no types: every id read from it is text, so readers that match
-it against integer ids use ``captioner.evaluation``.
+it against integer ids use ``captioner.metrics.evaluation``.
 """
 
 import csv
-import io
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from captioner.data.annotations import IMAGE_COLUMNS, ImageId
+from captioner.data.annotations import IMAGE_COLUMNS, ImageId, csv_reader
 from captioner.errors import DataError, UsageError, name_some
 from captioner.files import atomic_write, parse_json, read_json, read_text
 
 Row = Mapping[str, Any]
 
+# What makes a spreadsheet take a cell for a formula.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def write_predictions(path: str | Path, rows: Iterable[Row]) -> None:
+def write_predictions(path: str | Path, rows: Iterable[Row], csv_safe: bool = False) -> None:
     """Write captions in the format that the suffix names, whole or not at all.
 
     Args:
         path: ``.json`` (COCO results: one list), ``.jsonl`` (one object a line) or ``.csv``.
         rows: Mappings with at least ``image_id`` and ``caption``.
+        csv_safe: For spreadsheets: a CSV cell that one would take for a formula begins with ``'``.
+            Readers, ``read_predictions`` too, see it as a part of the id or caption.
 
     Raises:
         UsageError: The suffix is none of the three.
@@ -40,7 +43,7 @@ def write_predictions(path: str | Path, rows: Iterable[Row]) -> None:
     _check(path, rows, [f"row {number}" for number in range(len(rows))])
     with atomic_write(path) as file:
         if kind == ".csv":
-            _write_csv(file, rows)
+            _write_csv(file, rows, "'" if csv_safe else "")
         elif kind == ".jsonl":
             file.writelines(f"{_to_json(row)}\n" for row in rows)
         else:
@@ -140,12 +143,15 @@ def _read_jsonl(path: Path) -> tuple[list[Any], list[str]]:
 # --- CSV ------------------------------------------------------------------------------------
 
 
-def _write_csv(file: Any, rows: Sequence[Row]) -> None:
+def _write_csv(file: Any, rows: Sequence[Row], before_formula: str) -> None:
     columns = list(dict.fromkeys(["image_id", "caption", *(key for row in rows for key in row)]))
     writer = csv.writer(file)
     writer.writerow(columns)
     for row in rows:
-        writer.writerow([_to_cell(row.get(column, "")) for column in columns])
+        cells = [_to_cell(row.get(column, "")) for column in columns]
+        writer.writerow(
+            [before_formula + cell if cell.startswith(FORMULA_STARTS) else cell for cell in cells]
+        )
 
 
 def _to_cell(value: Any) -> str:
@@ -177,8 +183,7 @@ def _read_csv(path: Path) -> tuple[list[Any], list[str]]:
 
 def _csv_lines(text: str) -> Iterator[tuple[int, list[str]]]:
     """Yield each row that isn't blank with the number of its last line."""
-    csv.field_size_limit(sys.maxsize)  # captions of any length
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv_reader(text)
     for cells in reader:
         if cells:
             yield reader.line_num, cells

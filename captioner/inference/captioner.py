@@ -3,26 +3,30 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from captioner.config import SearchConfig
-from captioner.data.images import to_rgb
 from captioner.device import choose_device, choose_precision
-from captioner.errors import CheckpointError, ConfigError, ImageError, UsageError, did_you_mean
+from captioner.errors import (
+    CheckpointError,
+    ConfigError,
+    ImageError,
+    SearchError,
+    UsageError,
+    did_you_mean,
+)
+from captioner.inference.image_input import ImageLike, is_single, load_input, name_of
 from captioner.models.captioning_model import CaptioningModel, generate
 from captioner.models.checkpoint import load_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.inference_encoder import InferenceEncoder
-from captioner.search import Hypothesis
-
-ImageLike = str | Path | Image.Image | Tensor
+from captioner.progress import log_line
+from captioner.search import NO_PROBABILITIES, Hypothesis
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Caption:
     Attributes:
         text: The sentence.
         log_probability: The model's own, of its words and its end.
+        score: What an image's captions are ranked by, samples too: log_probability / length **
+            length_penalty, where the length counts the words and the end.
         attention: What the decoder looked at for each word, and for the end: (T, H, W), where
             each (H, W) sums to 1 over the image's square. None unless asked for, and for a
             decoder without attention.
@@ -39,6 +45,7 @@ class Caption:
 
     text: str
     log_probability: float
+    score: float
     attention: Tensor | None = None
 
 
@@ -97,11 +104,13 @@ class Captioner:
     ) -> "Captioner":
         """Load a checkpoint directory, such as ``RUN/best``, or several as an ensemble.
 
+        Of a run's folder, ``RUN``, its best checkpoint is taken.
+
         Raises:
             CheckpointError: One is missing, damaged or inconsistent, or they don't fit together.
         """
         several = [directory] if isinstance(directory, (str, Path)) else list(directory)
-        return cls([load_checkpoint(each) for each in several], device, precision)
+        return cls([load_checkpoint(_checkpoint_of(each)) for each in several], device, precision)
 
     @overload
     def caption(self, images: ImageLike, *, batch_size: int = ..., **settings: Any) -> str: ...
@@ -121,9 +130,11 @@ class Captioner:
         """Caption one image or many.
 
         Args:
-            images: Paths, PIL images, or tensors (3, H, W), uint8 or float from 0 to 1; one, or
-                any number of them, such as a list or a generator. A tensor (B, 3, H, W) is B
-                images.
+            images: One image, or any number of them, such as a list or a generator. An image is a
+                path; the bytes of an image file, or one that is open for reading them; a PIL image;
+                a tensor (3, H, W), uint8 or float from 0 to 1; or a NumPy array (H, W, 3) in RGB
+                order, (H, W, 4) with transparency, or (H, W) in grey, uint8. A tensor
+                (B, 3, H, W) and an array (B, H, W, 3) are B images.
             batch_size: Images encoded and decoded at a time.
             settings: Any of ``config.SearchConfig``, such as ``beam_size=3``; the others are the
                 checkpoint's.
@@ -132,12 +143,34 @@ class Captioner:
             A caption for one image, a list for many.
 
         Raises:
-            ImageError: An image can't be read, or a tensor holds something else.
-            ConfigError: A setting is impossible.
+            ImageError: An image can't be read, or it is something else.
+            ConfigError: A setting is impossible, or asks for several captions of an image.
+            SearchError: The model gives NaN for an image; the message names it.
         """
         search = self.search(**settings)
+        for name in ("n_best", "samples"):
+            if settings.get(name) is not None and getattr(search, name) > 1:
+                raise ConfigError(
+                    f"{name}={settings[name]}: caption gives one caption of an image; describe, "
+                    "with n_best, gives several"
+                )
         captions = [best[0].text for best in self._described(images, search, batch_size)]
-        return captions[0] if _is_one(images) else captions
+        return captions[0] if is_single(images) else captions
+
+    @overload
+    def describe(
+        self, images: ImageLike, *, attention: bool = ..., batch_size: int = ..., **settings: Any
+    ) -> list[Caption]: ...
+
+    @overload
+    def describe(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        attention: bool = ...,
+        batch_size: int = ...,
+        **settings: Any,
+    ) -> list[list[Caption]]: ...
 
     def describe(
         self,
@@ -146,21 +179,25 @@ class Captioner:
         attention: bool = False,
         batch_size: int = 32,
         **settings: Any,
-    ) -> list[list[Caption]]:
+    ) -> list[Caption] | list[list[Caption]]:
         """Caption images, and tell more: the ``n_best`` captions of each, with their scores.
 
         Args:
-            images: As in ``caption``; one image gives a list of one list.
+            images: As in ``caption``.
             attention: Tell what the decoder looked at for each word.
             batch_size: Images encoded and decoded at a time.
             settings: As in ``caption``.
 
+        Returns:
+            For one image its captions, best first; for many a list of such lists.
+
         Raises:
-            ImageError, ConfigError: As ``caption`` does.
+            ImageError, ConfigError, SearchError: As ``caption`` does.
             UsageError: Attention was asked of an ensemble.
         """
         search = self.search(**settings)
-        return list(self._described(images, search, batch_size, attention))
+        captions = list(self._described(images, search, batch_size, attention))
+        return captions[0] if is_single(images) else captions
 
     def search(self, **settings: Any) -> SearchConfig:
         """Return the checkpoint's search settings with those changed that aren't None.
@@ -185,7 +222,7 @@ class Captioner:
     def hypotheses(
         self, features: Sequence[Tensor], search: SearchConfig, keys: Tensor | None = None
     ) -> list[list[Hypothesis]]:
-        """Return the captions found for images, best first.
+        """Return the captions found for images, best first; none where the model gives NaN.
 
         Args:
             features: As ``features`` gives them.
@@ -201,7 +238,10 @@ class Captioner:
         keys: Tensor | None = None,
         attention: bool = False,
     ) -> list[list[Caption]]:
-        """Return the captions of preprocessed pixels (B, 3, S, S), uint8, best first."""
+        """Return the captions of preprocessed pixels (B, 3, S, S), uint8, best first.
+
+        An image for which the model gives NaN has none.
+        """
         features = self.features(pixels)
         found = self.hypotheses(features, search, keys)
         maps = self._attention(features, found) if attention else None
@@ -210,6 +250,7 @@ class Captioner:
                 Caption(
                     self.model.vocabulary.decode(each.token_ids),
                     each.log_probability,
+                    each.score(search.length_penalty),
                     None if maps is None else maps[image][place],
                 )
                 for place, each in enumerate(best)
@@ -235,27 +276,40 @@ class Captioner:
     ) -> Iterator[list[Caption]]:
         if batch_size < 1:
             raise ConfigError(f"batch_size: at least 1 was expected, found {batch_size}")
-        preprocess = self.model.encoder.preprocessing
-        left = iter([images] if _is_one(images) else images)  # type: ignore[arg-type]
+        preprocessing = self.model.encoder.preprocessing
+        places = ("the image" if is_single(images) else f"images[{n}]" for n in count())
+        left = zip(_iterate(images), places, strict=False)
         done = 0
         while batch := list(islice(left, batch_size)):
-            pixels = torch.stack(
-                [
-                    preprocess.load(image)
-                    if isinstance(image, (str, Path))
-                    else preprocess(_open(image))
-                    for image in batch
-                ]
-            )
+            loaded = [load_input(image, preprocessing, place) for image, place in batch]
             keys = torch.arange(done, done + len(batch))
-            yield from self.captions(pixels, search, keys, attention)
+            results = self.captions(torch.stack(loaded), search, keys, attention)
+            for (image, place), captions in zip(batch, results, strict=True):
+                if not captions:
+                    raise SearchError(f"{name_of(image, place)}: {NO_PROBABILITIES}")
+                yield captions
             done += len(batch)
 
 
-def _is_one(images: ImageLike | Iterable[ImageLike]) -> bool:
-    return isinstance(images, (str, Path, Image.Image)) or (
-        isinstance(images, Tensor) and images.dim() == 3
-    )
+def _checkpoint_of(directory: str | Path) -> Path:
+    """Return the checkpoint that is meant: of a run's folder its best one."""
+    directory, best = Path(directory), Path(directory) / "best"
+    is_run = best.is_dir() or (directory / "run.json").is_file()
+    if not is_run or (directory / "config.json").exists():
+        return directory
+    log_line(f"{directory} is the folder of a run: its best checkpoint is used, {best}")
+    return best
+
+
+def _iterate(images: ImageLike | Iterable[ImageLike]) -> Iterator[ImageLike]:
+    if is_single(images):
+        return iter([images])  # type: ignore[list-item]
+    try:
+        return iter(images)  # type: ignore[arg-type]
+    except TypeError:
+        raise ImageError(
+            f"an image, or several, were expected, found {type(images).__name__}"
+        ) from None
 
 
 def _check_compatible(first: CaptioningModel, other: CaptioningModel) -> None:
@@ -270,23 +324,3 @@ def _check_compatible(first: CaptioningModel, other: CaptioningModel) -> None:
             "an ensemble needs one preprocessing, found "
             f"{first.encoder.preprocessing} and {other.encoder.preprocessing}"
         )
-
-
-def _open(image: Image.Image | Tensor) -> Image.Image:
-    if isinstance(image, Tensor):
-        return to_rgb(to_pil_image(_to_uint8(image.cpu())))
-    return to_rgb(image)
-
-
-def _to_uint8(image: Tensor) -> Tensor:
-    if image.dim() != 3 or len(image) not in (1, 3):
-        raise ImageError(f"a tensor (3, H, W) was expected, found {tuple(image.shape)}")
-    if image.dtype == torch.uint8:
-        return image
-    lowest, highest = image.min().item(), image.max().item()
-    if not image.is_floating_point() or not (lowest >= 0 and highest <= 1):
-        raise ImageError(
-            "a tensor must be uint8, or float from 0 to 1 (not yet normalised by mean and standard "
-            f"deviation: the captioner does that); found {image.dtype} from {lowest} to {highest}"
-        )
-    return (image.float() * 255).round().to(torch.uint8)

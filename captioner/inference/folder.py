@@ -1,4 +1,4 @@
-"""Captions for a folder of images."""
+"""Captions for image files and folders of them."""
 
 import os
 import zlib
@@ -10,16 +10,13 @@ import torch
 
 from captioner.config import SearchConfig
 from captioner.data.annotations import ImageId, read_annotations
+from captioner.data.image_files import IMAGE_SUFFIXES
 from captioner.data.images import in_batches, load_pixels
 from captioner.device import free_memory, is_out_of_memory
 from captioner.errors import CaptionerError, DataError, name_some
 from captioner.inference.captioner import Caption, Captioner
 from captioner.progress import Progress, log_line
-
-IMAGE_SUFFIXES = {
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".ico", ".tga"),
-}
+from captioner.search import NO_PROBABILITIES
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class ImageFile:
 
     Attributes:
         image_id: What the results call it.
-        name: Its path below the folder, with ``/`` between the parts.
+        name: Its path below the folder, or as it was given; with ``/`` between the parts.
         path: Where it is.
     """
 
@@ -37,15 +34,36 @@ class ImageFile:
     path: Path
 
 
-def find_images(folder: str | Path) -> list[ImageFile]:
-    """Return the images in a folder and the folders below it, by name.
+def find_images(inputs: str | Path | Sequence[str | Path]) -> list[ImageFile]:
+    """Return the images that files and folders name, in their order.
+
+    A folder stands for the images in it and in the folders below it, by name. A file is taken for
+    an image whatever its suffix.
+
+    Ids are names. Of a single folder, an image's name is its path below the folder; of anything
+    else it is the path as given: the file's own, or the folder's with the path below it. So no two
+    images have the same id, and one that is given twice comes once.
 
     Raises:
-        DataError: The folder is missing or holds no image.
+        DataError: A file or folder is missing, or there is no image.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+    paths = [Path(path) for path in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+    for path in paths:
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such file or folder")
+    images: dict[str, ImageFile] = {}
+    for path in paths:
+        for file in _files_below(path) if os.path.isdir(path) else [path]:
+            below = len(paths) == 1 and file != path
+            name = (file.relative_to(path) if below else file).as_posix()
+            images.setdefault(name, ImageFile(name, name, file))
+    if not images:
+        raise DataError(f"{name_some(paths)}: no image to caption")
+    return list(images.values())
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder whose names say that they are images, and report the others."""
     found, others = [], 0
     for parent, folders, names in os.walk(folder, onerror=_report):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -54,11 +72,10 @@ def find_images(folder: str | Path) -> list[ImageFile]:
             if name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
                 others += 1
             else:
-                relative = path.relative_to(folder).as_posix()
-                found.append(ImageFile(relative, relative, path))
+                found.append(path)
     if not found:
-        raise DataError(f"{folder}: no image files (of {others} files none ends in .jpg, .png, …)")
-    if others:
+        log_line(f"warning: {folder}: no image files (of {others} none ends in .jpg, .png, …)")
+    elif others:
         log_line(f"{folder}: {others} files are passed over: hidden, or no images by their suffix")
     return found
 
@@ -75,8 +92,10 @@ def listed_images(
     """Return the images that a captions file lists, with its ids.
 
     Raises:
-        DataError: The file can't be read, or lists no file names.
+        DataError: The folder is missing; the file can't be read, or lists no file names.
     """
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: no such folder")
     images = read_annotations(annotations, split).images
     nameless = [image.image_id for image in images if not image.file_name]
     if nameless:
@@ -109,8 +128,7 @@ def caption_files(
         workers: Processes (GPU) or threads (CPU) that read images; -1 takes one a core.
 
     Returns:
-        The captions by image id, best first, and for each image that couldn't be read its name
-        and why.
+        The captions by image id, best first; and why, by name, images couldn't be captioned.
 
     Raises:
         CaptionerError: Even a single image is too much.
@@ -118,23 +136,23 @@ def caption_files(
     captions: dict[ImageId, list[Caption]] = {}
     failed: dict[str, str] = {}
     at_once = batch_size or _fitting(captioner, search)
-    loaded = load_pixels(
-        [image.path for image in images],
-        captioner.model.encoder.preprocessing,
-        in_batches(len(images), at_once),
-        captioner.device,
-        workers,
-    )
+    preprocessing = captioner.model.encoder.preprocessing
+    paths, batches = [image.path for image in images], in_batches(len(images), at_once)
+    loaded = load_pixels(paths, preprocessing, batches, captioner.device, workers)
     with Progress("captioning", len(images), "image") as bar:
         for batch in loaded:
-            for index, message in batch.failures:
-                failed[images[index].name] = message
-                log_line(f"warning: {message}")
-            bar.update(len(batch.failures))
             readable = [images[index] for index in batch.indices]
             results, at_once = _caption_batch(captioner, batch.pixels, readable, search, at_once)
-            captions |= results
-            bar.update(len(readable))
+            failures = [(images[index], message) for index, message in batch.failures]
+            for image, best in zip(readable, results, strict=True):
+                if best:
+                    captions[image.image_id] = best
+                else:
+                    failures.append((image, f"{image.path}: {NO_PROBABILITIES}"))
+            for image, message in failures:
+                failed[image.name] = message
+                log_line(f"warning: {message}")
+            bar.update(len(batch.indices) + len(batch.failures))
     return captions, failed
 
 
@@ -144,22 +162,20 @@ def _caption_batch(
     images: Sequence[ImageFile],
     search: SearchConfig,
     at_once: int,
-) -> tuple[dict[ImageId, list[Caption]], int]:
+) -> tuple[list[list[Caption]], int]:
     """Caption the images of a batch, ``at_once`` at a time, or as many as fit into memory.
 
     Returns:
-        The captions by image id, and how many images fitted at a time.
+        The captions of each image, and how many images fitted at a time.
     """
-    captions: dict[ImageId, list[Caption]] = {}
-    done = 0
-    while done < len(images):
-        chunk = slice(done, done + at_once)
+    captions: list[list[Caption]] = []
+    while len(captions) < len(images):
+        chunk = slice(len(captions), len(captions) + at_once)
         results = _try_captions(captioner, pixels[chunk], images[chunk], search)
         if results is None:  # all that the failed try held is free again here
             at_once = _smaller(len(images[chunk]), captioner.device)
             continue
-        captions |= zip((image.image_id for image in images[chunk]), results, strict=True)
-        done += len(results)
+        captions += results
     return captions, at_once
 
 

@@ -44,11 +44,11 @@ def bleu_counts(
     """
     counts = np.zeros((len(hypotheses), 2 * len(ORDERS) + 2), dtype=np.int64)
     images = zip(counts, hypotheses, references, strict=True)
-    for row, hypothesis, of_image in progress_iter(images, "BLEU", len(counts), "image"):
+    for row, hypothesis, captions in progress_iter(images, "BLEU", len(counts), "image"):
         length = len(hypothesis)
-        matches = [modified_precision(of_image, hypothesis, order).numerator for order in ORDERS]
+        matches = [modified_precision(captions, hypothesis, order).numerator for order in ORDERS]
         ngrams = [max(0, length - order + 1) for order in ORDERS]
-        row[:] = [*matches, *ngrams, length, closest_ref_length(of_image, length)]
+        row[:] = [*matches, *ngrams, length, closest_ref_length(captions, length)]
     return counts
 
 

@@ -9,6 +9,7 @@ All captions are counted at once: an n-gram is an integer, a caption's n-grams a
 one long sorted array, and each step below is one NumPy call over all of them.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class DocumentFrequencies:
     @classmethod
     def of(cls, references: Sequence[Captions]) -> "DocumentFrequencies":
         """Count the n-grams in the references of each image."""
-        captions = [caption for of_image in references for caption in of_image]
+        captions = [caption for captions in references for caption in captions]
         image_of = np.repeat(np.arange(len(references)), [len(image) for image in references])
         counts: dict[str, int] = {}
         for table in _count_ngrams(captions):
@@ -61,10 +62,23 @@ class DocumentFrequencies:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("counts"), dict):
             raise DataError(f"{path}: not a file of document frequencies ('images' and 'counts')")
-        images = content.get("images")
-        if not isinstance(images, int) or images < 1:
+        images, counts = content.get("images"), content["counts"]
+        if type(images) is not int or images < 1:
             raise DataError(f"{path}: 'images' must be a positive integer, found {images!r}")
-        return cls(images, content["counts"])
+        for ngram, count in counts.items():
+            if type(count) is not int or not 0 <= count <= images:
+                raise DataError(
+                    f"{path}: the count of '{ngram}' must be an integer from 0 to 'images', "
+                    f"{images}, found {count!r}"
+                )
+        return cls(images, counts)
+
+    def digest(self) -> str:
+        """Return 12 hexadecimal digits that tell other document frequencies from these."""
+        ngrams = sorted(self.counts)
+        digest = hashlib.sha256("\n".join(ngrams).encode("utf-8", "backslashreplace"))
+        digest.update(repr((self.images, [self.counts[ngram] for ngram in ngrams])).encode())
+        return digest.hexdigest()[:12]
 
 
 def cider(
@@ -81,16 +95,16 @@ def cider(
             hand are the corpus, as in the official tool: then one image alone scores 0.
     """
     images = len(hypotheses)
-    counts = np.array([len(of_image) for of_image in references], dtype=np.int64)
+    counts = np.array([len(captions) for captions in references], dtype=np.int64)
     image_of = np.concatenate([np.arange(images), np.repeat(np.arange(images), counts)])
-    captions = [*hypotheses, *(caption for of_image in references for caption in of_image)]
+    captions = [*hypotheses, *(caption for captions in references for caption in captions)]
     log_images = math.log(frequencies.images if frequencies else max(1, images))
     sums = np.zeros((2, len(captions)))
     penalty = _length_penalty(captions, image_of)
     for table in _count_ngrams(captions):
         if frequencies:
-            known = frequencies.counts
-            images_with = np.array([known.get(text, 0) for text in table.texts()], dtype=float)
+            known_counts = frequencies.counts
+            images_with = np.array([known_counts.get(text, 0) for text in table.texts()], float)
         else:
             images_with = table.images_with(image_of, first_caption=images)
         rarity = log_images - np.log(np.maximum(1.0, images_with))
@@ -98,8 +112,11 @@ def cider(
         sums += [clipped * penalty, plain]
     # The mean over the orders and over each image's references.
     clipped, plain = (
-        np.bincount(image_of[images:], row[images:], images) / np.maximum(1, counts) * 10 / ORDERS
-        for row in sums
+        np.bincount(image_of[images:], caption_scores[images:], images)
+        / np.maximum(1, counts)
+        * 10
+        / ORDERS
+        for caption_scores in sums
     )
     return clipped, plain
 
@@ -146,17 +163,17 @@ def _count_ngrams(captions: Captions) -> Iterator[_NgramTable]:
     for order in range(1, ORDERS + 1):
         # A longer n-gram is a shorter one and a word, if both are of the same caption.
         last = unigrams[order - 1 :]
-        same = caption_of[: len(last)] == caption_of[order - 1 :]
+        in_one_caption = caption_of[: len(last)] == caption_of[order - 1 :]
+        starts = np.flatnonzero(in_one_caption)
         keys = ngrams[: len(last)] * len(numbers) + last
-        distinct, first, ngrams_here = np.unique(keys[same], return_index=True, return_inverse=True)
-        starts = np.flatnonzero(same)
+        distinct, first, numbered = np.unique(keys[starts], return_index=True, return_inverse=True)
         entries, count = np.unique(
-            caption_of[starts] * max(1, len(distinct)) + ngrams_here, return_counts=True
+            caption_of[starts] * max(1, len(distinct)) + numbered, return_counts=True
         )
         caption, ngram = np.divmod(entries, max(1, len(distinct)))
         yield _NgramTable(caption, ngram, count, len(distinct), starts[first], words, order)
         ngrams = np.zeros(len(last), dtype=np.int64)
-        ngrams[starts] = ngrams_here
+        ngrams[starts] = numbered
 
 
 def _length_penalty(captions: Captions, image_of: np.ndarray) -> np.ndarray:
@@ -175,13 +192,14 @@ def _cosines(
     captions = len(image_of)
     norm = np.sqrt(np.bincount(table.caption, weight**2, captions))
     keys = table.caption * table.distinct + table.ngram
-    wanted = image_of[table.caption] * table.distinct + table.ngram
-    place = np.minimum(np.searchsorted(keys, wanted), max(0, len(keys) - 1))
-    found = keys[place] == wanted if len(keys) else np.zeros(0, dtype=bool)
-    own, theirs = weight[found], weight[place[found]]
+    # The key of each caption's n-gram in its image's hypothesis, and where it stands, if anywhere.
+    hypothesis_keys = image_of[table.caption] * table.distinct + table.ngram
+    place = np.minimum(np.searchsorted(keys, hypothesis_keys), max(0, len(keys) - 1))
+    shared = keys[place] == hypothesis_keys if len(keys) else np.zeros(0, dtype=bool)
+    reference, hypothesis = weight[shared], weight[place[shared]]
     scale = norm * norm[image_of]
     scale[scale == 0] = np.inf
-    of_caption = table.caption[found]
-    clipped = np.bincount(of_caption, np.minimum(own, theirs) * own, captions)
-    plain = np.bincount(of_caption, own * theirs, captions)
+    caption = table.caption[shared]
+    clipped = np.bincount(caption, np.minimum(reference, hypothesis) * reference, captions)
+    plain = np.bincount(caption, reference * hypothesis, captions)
     return clipped / scale, plain / scale

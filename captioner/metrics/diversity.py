@@ -28,12 +28,12 @@ def describe(
         ``novel``: share not among the training captions.
     """
     lengths = np.array([len(caption) for caption in captions])
-    different = {tuple(caption) for caption in captions}
+    distinct_captions = {tuple(caption) for caption in captions}
     statistics = {
         "distinct-1": _distinct(captions, 1),
         "distinct-2": _distinct(captions, 2),
         "vocabulary": len({word for caption in captions for word in caption}),
-        "unique_captions": len(different) / len(captions),
+        "unique_captions": len(distinct_captions) / len(captions),
         "length_mean": float(lengths.mean()),
         "length_std": float(lengths.std()),
         "length_min": int(lengths.min()),
@@ -45,8 +45,10 @@ def describe(
         "repeats_ngram": _share(map(repeats_ngram, captions)),
     }
     if training is not None:
-        known = {tuple(caption) for caption in training}
-        statistics["novel"] = _share(tuple(caption) not in known for caption in captions)
+        training_captions = {tuple(caption) for caption in training}
+        statistics["novel"] = _share(
+            tuple(caption) not in training_captions for caption in captions
+        )
     return statistics
 
 

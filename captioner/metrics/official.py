@@ -37,8 +37,8 @@ def require(*files: str) -> list[Path]:
     Raises:
         UnavailableError: The message names what is missing and how to get it.
     """
-    found = importlib.util.find_spec("pycocoevalcap")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None or not package.submodule_search_locations:
         raise UnavailableError(
             "the package pycocoevalcap isn't installed: pip install 'captioner[official]'"
         )
@@ -46,7 +46,7 @@ def require(*files: str) -> list[Path]:
         raise UnavailableError(
             "no 'java' on the PATH: install a Java runtime (Debian: default-jre-headless)"
         )
-    folder = Path(found.submodule_search_locations[0])
+    folder = Path(package.submodule_search_locations[0])
     for file in files:
         if not (folder / file).is_file():
             raise UnavailableError(f"pycocoevalcap's file {file} is missing from {folder}")
@@ -106,25 +106,25 @@ def meteor(hypotheses: Captions, references: Sequence[Captions]) -> tuple[float,
     stdin, stdout = process.stdin, process.stdout
     assert stdin is not None
     assert stdout is not None
-    questions = [_meteor_line(*pair) for pair in zip(hypotheses, references, strict=True)]
+    requests = [_meteor_line(*pair) for pair in zip(hypotheses, references, strict=True)]
 
-    def ask(lines: Sequence[str]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it stopped: there will be no answer
+    def send(lines: Sequence[str]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it stopped: there will be no reply
             stdin.writelines(lines)
             stdin.flush()
 
-    answers: list[str] = []
+    replies: list[str] = []
     with contextlib.suppress(BrokenPipeError), process:
-        # Asked from a thread: the tool doesn't read on while nobody reads its answers.
-        asking = threading.Thread(target=ask, args=(questions,), daemon=True)
-        asking.start()
-        statistics = [stdout.readline().strip() for _ in questions]
-        asking.join()
-        ask([f"EVAL ||| {' ||| '.join(statistics)}\n"])
-        answers = [stdout.readline().strip() for _ in range(len(questions) + 1)]
+        # Sent from a thread: the tool doesn't read on while nobody reads its replies.
+        sender = threading.Thread(target=send, args=(requests,), daemon=True)
+        sender.start()
+        statistics = [stdout.readline().strip() for _ in requests]
+        sender.join()
+        send([f"EVAL ||| {' ||| '.join(statistics)}\n"])
+        replies = [stdout.readline().strip() for _ in range(len(requests) + 1)]
         process.kill()
     try:
-        *scores, corpus = map(float, answers)
+        *scores, corpus = map(float, replies)
     except ValueError:
         raise UnavailableError("Java stopped before METEOR was done; does 'java' work?") from None
     return corpus, np.array(scores)

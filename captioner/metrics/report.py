@@ -1,25 +1,30 @@
 """Results to look at: how scores are spread, the best and worst images, the flow of gradients."""
 
 import base64
-import html
 import io
 import os
 import urllib.parse
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
-from PIL import Image, ImageOps
 
-from captioner.data.annotations import ImageId
-from captioner.errors import UsageError
+from captioner.data.annotations import ImageId, image_path
+from captioner.data.image_files import load_thumbnail
+from captioner.data.near_names import near_names_hint, show_name
+from captioner.errors import DataError, ImageError, UsageError, name_some
 from captioner.files import atomic_write
-from captioner.metrics.evaluation import Evaluation
+from captioner.metrics.evaluation import Evaluation, printable
 from captioner.metrics.scores import Scores
 
 THUMBNAIL = 320  # pixels, the longer side
 SHOWN = 24  # images at each end
+LONGEST_TEXT = 400  # characters of a caption or name on the page
+LONGEST_LABEL = 30  # characters of a result file's name in a plot
 
 
 def write_plot(path: str | Path, scores: Mapping[str, Scores]) -> None:
@@ -28,8 +33,8 @@ def write_plot(path: str | Path, scores: Mapping[str, Scores]) -> None:
     Raises:
         UsageError: matplotlib isn't installed, or it doesn't know the file's suffix.
     """
-    _image_kind(path)  # refused before anything is drawn
-    save_figure(path, _spread(scores))
+    plot_format(path)  # refused before anything is drawn
+    save_figure(path, _draw_distributions(scores))
 
 
 def new_figure(columns: int, rows: int, width: float = 3.2, height: float = 2.4) -> Any:
@@ -51,42 +56,85 @@ def save_figure(path: str | Path, figure: Any) -> None:
     Raises:
         UsageError: matplotlib doesn't know the file's suffix.
     """
-    kind = _image_kind(path)
+    suffix = plot_format(path)
     with atomic_write(path, "wb") as file:
-        file.write(_image(figure, kind))
+        file.write(_encode_figure(figure, suffix))
 
 
-def _image_kind(path: str | Path) -> str:
-    kind = Path(path).suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg", "pdf"):
+def plot_format(path: str | Path) -> str:
+    """Return the suffix that names a plot's format, or raise a ``UsageError``."""
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in ("png", "svg", "pdf"):
         raise UsageError(f"{path}: a plot's name must end in .png, .svg or .pdf")
-    return kind
+    return suffix
 
 
-def _image(figure: Any, kind: str) -> bytes:
+def _encode_figure(figure: Any, suffix: str) -> bytes:
     content = io.BytesIO()
-    figure.savefig(content, format=kind)
+    with warnings.catch_warnings():
+        # Names in scripts that matplotlib's font lacks show as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(content, format=suffix)
     return content.getvalue()
 
 
-def _spread(scores: Mapping[str, Scores]) -> Any:
+def _draw_distributions(scores: Mapping[str, Scores]) -> Any:
     metrics = list(next(iter(scores.values())).per_image)
     columns = min(4, len(metrics))
     rows = -(-len(metrics) // columns)
-    figure = new_figure(columns, rows)
+    legend_height = 0.16 * len(scores) if len(scores) > 1 else 0.0  # inches
+    figure = new_figure(columns, rows, height=2.4 + legend_height / rows)
     for place, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, place + 1)
-        values = [
-            of_file.per_image[metric] for of_file in scores.values() if metric in of_file.per_image
-        ]
-        bins = np.linspace(0, max(1e-9, max(float(value.max()) for value in values)), 31).tolist()
-        for name, value in zip(scores, values, strict=False):
-            axes.hist(value, bins=bins, histtype="step", label=name)
+        values = [file_scores.per_image[metric] for file_scores in scores.values()]
+        highest = max(1e-9, *(float(value.max()) for value in values))
+        bins = np.linspace(0, highest, 31).tolist()
+        handles = [axes.hist(value, bins=bins, histtype="step")[2][0] for value in values]
         axes.set_title(metric)
         axes.set_ylabel("images")
-        if len(scores) > 1 and place == 0:
-            axes.legend(fontsize="x-small")
+    if len(scores) > 1:
+        labels = map(_plot_label, scores)
+        legend = figure.legend(handles, labels, fontsize="x-small", loc="outside lower left")
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a $ in a file's name is a $
     return figure
+
+
+def _plot_label(name: str) -> str:
+    label = _shorten(printable(name), LONGEST_LABEL)
+    return f" {label}" if label.startswith("_") else label  # matplotlib hides labels with a _
+
+
+def _shorten(text: str, longest: int) -> str:
+    """Return text of at most about so many characters, the middle left out."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """An image on the page: its address, or why there is none."""
+
+    address: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Card:
+    """An image on the page with its captions, each with its file's name and score."""
+
+    image_id: ImageId
+    picture: _Picture
+    captions: list[tuple[str, str, float]]
+    references: list[str]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A number in the page's table, and what is known of how sure it is."""
+
+    value: str = "-"
+    note: str = ""
 
 
 def write_report(
@@ -115,24 +163,39 @@ def write_report(
     metric, best, worst = _choose_images(scores)
     keys = list(evaluation.references)
 
-    def cards(places: list[int]) -> str:
+    def cards(places: Sequence[int]) -> list[_Card]:
         names = [evaluation.file_names.get(keys[place]) for place in places]
         pictures = [_picture(Path(path), name, images, embed) for name in names]
-        return "\n".join(
+        return [
             _card(keys[place], place, evaluation, scores, metric, picture)
             for place, picture in zip(places, pictures, strict=True)
-        )
+        ]
 
-    page = _PAGE.format(
-        table=_table(summary),
-        signature=html.escape(str(summary["signature"])),
-        plot=base64.b64encode(_image(_spread(scores), "png")).decode(),
-        metric=html.escape(metric),
-        best=cards(best),
-        worst=cards(worst),
+    page = _template().render(
+        metrics=list(next(iter(summary["scores"].values()))),
+        rows=_table(summary),
+        signature=summary["signature"],
+        plot=base64.b64encode(_encode_figure(_draw_distributions(scores), "png")).decode(),
+        metric=metric,
+        groups={"Best": cards(best), "Worst": cards(worst)},
+        several_files=len(scores) > 1,
     )
     with atomic_write(path) as file:
         file.write(page)
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("captioner.metrics", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        # What can't be encoded is escaped wherever it comes from.
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shorten"] = lambda text: _shorten(text, LONGEST_TEXT)
+    return environment.get_template("report.html.jinja")
 
 
 def _choose_images(scores: Mapping[str, Scores]) -> tuple[str, list[int], list[int]]:
@@ -144,31 +207,27 @@ def _choose_images(scores: Mapping[str, Scores]) -> tuple[str, list[int], list[i
     return metric, order[:shown], order[::-1][: min(shown, len(order) - shown)]
 
 
-def _table(summary: Mapping[str, Any]) -> str:
+def _table(summary: Mapping[str, Any]) -> list[tuple[str, list[_Cell]]]:
     """Return the scores, with their intervals and the comparisons where they were computed."""
     files: Mapping[str, Mapping[str, float]] = summary["scores"]
     metrics = list(next(iter(files.values())))
-    lines = []
+    rows = []
     for name, values in files.items():
         intervals = summary.get("confidence_95", {}).get(name, {})
-        cells = [f"{values[metric]:.4f}" if metric in values else "-" for metric in metrics]
-        for place, metric in enumerate(metrics):
-            if metric in intervals:
-                low, high = intervals[metric]
-                cells[place] += f"<br><small>{low:.4f} to {high:.4f}</small>"
-        lines.append([_escape(name), *cells])
+        notes = {metric: f"{low:.4f} to {high:.4f}" for metric, (low, high) in intervals.items()}
+        cells = [_Cell(f"{values[metric]:.4f}", notes.get(metric, "")) for metric in metrics]
+        rows.append((name, cells))
     comparisons = summary.get("comparisons", ())
     for first, second in dict.fromkeys((row["first"], row["second"]) for row in comparisons):
-        found = {
-            row["metric"]: f"{row['difference']:+.4f}<br><small>p = {row['p']:.3f}</small>"
+        differences = {
+            row["metric"]: _Cell(f"{row['difference']:+.4f}", f"p = {row['p']:.3f}")
             for row in comparisons
             if (row["first"], row["second"]) == (first, second)
         }
-        cells = [found.get(metric, "-") for metric in metrics]
-        lines.append([f"{_escape(second)} &minus; {_escape(first)}", *cells])
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in ("captions", *metrics))
-    rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in lines)
-    return f"<table><tr>{head}</tr>{rows}</table>"
+        rows.append(
+            (f"{second} \N{MINUS SIGN} {first}", [differences.get(m, _Cell()) for m in metrics])
+        )
+    return rows
 
 
 def _card(
@@ -177,73 +236,47 @@ def _card(
     evaluation: Evaluation,
     scores: Mapping[str, Scores],
     metric: str,
-    picture: str,
-) -> str:
-    captions = "".join(
-        f"<p class=caption>{_escape(evaluation.hypotheses[name][key]) or '(empty)'} "
-        f"<small>{_escape(name) if len(scores) > 1 else ''} "
-        f"{html.escape(metric)} {of_file.per_image[metric][place]:.3f}</small></p>"
-        for name, of_file in scores.items()
-    )
-    references = "".join(f"<li>{_escape(text)}</li>" for text in evaluation.references[key])
-    return (
-        f"<figure>{picture}<figcaption><small>{_escape(str(key))}</small>{captions}"
-        f"<ul>{references}</ul></figcaption></figure>"
-    )
+    picture: _Picture,
+) -> _Card:
+    captions = [
+        (evaluation.hypotheses[name][key], name, float(file_scores.per_image[metric][place]))
+        for name, file_scores in scores.items()
+    ]
+    return _Card(key, picture, captions, evaluation.references[key])
 
 
-def _picture(page: Path, name: str | None, images: str | Path | None, embed: bool) -> str:
-    if images is None or name is None:
-        return ""
-    file = Path(images) / name
-    if not file.is_file():
-        return f"<p class=missing>{_escape(name)} isn't in {_escape(str(images))}</p>"
-    if not embed:
-        address = urllib.parse.quote(os.path.relpath(file, page.parent).replace(os.sep, "/"))
-        return f'<img loading=lazy src="{html.escape(address)}" alt="">'
+def _picture(page: Path, name: str | None, images: str | Path | None, embed: bool) -> _Picture:
+    if images is None or not name:
+        return _Picture()
     try:
-        return f'<img src="data:image/jpeg;base64,{_thumbnail(file)}" alt="">'
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"<p class=missing>{_escape(name)}: {_escape(str(error))}</p>"
+        file = image_path(images, name)
+        if not os.path.isfile(file):
+            return _Picture(problem=f"{name} is not in {images}")
+        if embed:
+            content = io.BytesIO()
+            load_thumbnail(file, THUMBNAIL).save(content, "JPEG", quality=80)
+            encoded = base64.b64encode(content.getvalue()).decode()
+            return _Picture(f"data:image/jpeg;base64,{encoded}")
+    except (DataError, ImageError) as error:
+        return _Picture(problem=str(error))
+    relative = os.path.relpath(file, page.parent).replace(os.sep, "/")
+    return _Picture(urllib.parse.quote(os.fsencode(relative)))
 
 
-def _thumbnail(file: Path) -> str:
-    with Image.open(file) as image:
-        image.draft("RGB", (THUMBNAIL, THUMBNAIL))
-        small = ImageOps.exif_transpose(image).convert("RGB")
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-    content = io.BytesIO()
-    small.save(content, "JPEG", quality=80)
-    return base64.b64encode(content.getvalue()).decode()
-
-
-def _escape(text: str) -> str:
-    return html.escape(text.encode("utf-8", "backslashreplace").decode())
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Caption scores</title>
-<style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1200px;
-  padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse }} td, th {{ padding: .2em .8em; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }} th {{ border-bottom: 1px solid #999 }}
-code {{ font-size: 12px; overflow-wrap: anywhere }} small {{ color: #777 }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1em }}
-figure {{ margin: 0; padding: .6em; border: 1px solid #ddd; border-radius: 6px }}
-img {{ max-width: 100% }}
-.caption {{ font-weight: 600; margin: .3em 0 }} ul {{ padding-left: 1.2em }}
-.missing {{ color: #a33 }}
-</style></head><body>
-<h1>Caption scores</h1>
-{table}
-<p><code>{signature}</code></p>
-<img src="data:image/png;base64,{plot}" alt="distribution of each metric over the images">
-<h2>Best by {metric}</h2><div class="grid">
-{best}
-</div>
-<h2>Worst by {metric}</h2><div class="grid">
-{worst}
-</div>
-</body></html>
-"""
+def find_missing_images(evaluation: Evaluation, images: str | Path | None) -> list[str]:
+    """Return a note where images of the references aren't in the folder; none without folder."""
+    if images is None:
+        return []
+    names = [
+        evaluation.file_names[key] for key in evaluation.references if key in evaluation.file_names
+    ]
+    if not names:
+        return ["the references name no image files: the page will show no images"]
+    missing = [name for name in names if not os.path.isfile(Path(images) / name)]
+    if not missing:
+        return []
+    hint = near_names_hint(missing, os.listdir(images), str(images))
+    return [
+        f"{len(missing)} of {len(names)} images are not in {images} "
+        f"({name_some(map(show_name, missing))}){hint}"
+    ]

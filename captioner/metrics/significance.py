@@ -12,7 +12,7 @@ from captioner.metrics.scores import BLEU_NAMES, Scores
 
 SAMPLES = 1000
 SEED = 0
-_AT_ONCE = 20_000_000  # numbers in one block of resamples
+_BLOCK_SIZE = 20_000_000  # numbers in one block of resamples
 
 ScoreOf = Callable[[np.ndarray], np.ndarray]
 
@@ -37,13 +37,14 @@ def paired_test(first: Scores, second: Scores, metric: str, samples: int = SAMPL
     by a coin, and the share of tosses with at least the observed difference is the p-value. Both
     must be of the same images in the same order.
     """
-    own, score_of = _statistics(first, metric)
-    other, _ = _statistics(second, metric)
-    observed = abs(float(score_of(own.sum(axis=0)) - score_of(other.sum(axis=0))))
+    first_statistics, score_of = _statistics(first, metric)
+    second_statistics, _ = _statistics(second, metric)
+    first_sum, second_sum = first_statistics.sum(axis=0), second_statistics.sum(axis=0)
+    observed = abs(float(score_of(first_sum) - score_of(second_sum)))
     as_large = 0
-    for block in _coins(len(own), samples):
-        swapped = block @ (other - own)
-        differences = score_of(own.sum(axis=0) + swapped) - score_of(other.sum(axis=0) - swapped)
+    for block in _coins(len(first_statistics), samples):
+        swapped = block @ (second_statistics - first_statistics)
+        differences = score_of(first_sum + swapped) - score_of(second_sum - swapped)
         as_large += int((np.abs(differences) >= observed - 1e-12).sum())
     return (as_large + 1) / (samples + 1)
 
@@ -73,6 +74,6 @@ def _coins(images: int, samples: int) -> Iterator[np.ndarray]:
 
 
 def _blocks(images: int, samples: int) -> Iterator[int]:
-    at_once = max(1, _AT_ONCE // max(1, images))
-    for begin in range(0, samples, at_once):
-        yield min(at_once, samples - begin)
+    block_size = max(1, _BLOCK_SIZE // max(1, images))
+    for begin in range(0, samples, block_size):
+        yield min(block_size, samples - begin)

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from captioner.config import DecoderConfig, SearchConfig
 from captioner.data.vocabulary import BOS, PAD, Vocabulary
 from captioner.device import autocast
-from captioner.errors import ConfigError, did_you_mean
+from captioner.errors import ConfigError, SearchError, did_you_mean
 from captioner.models.decoder import Decoder
 from captioner.models.encoder import Encoder
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.show_and_tell import ShowAndTell
 from captioner.models.show_attend_tell import ShowAttendTell
-from captioner.search import Constraints, Hypothesis, decode, ensemble_step
+from captioner.search import NO_PROBABILITIES, Constraints, Hypothesis, decode, ensemble_step
 
 # What decoder.kind may be.
 DECODERS: dict[str, type[Decoder]] = {
@@ -82,7 +82,7 @@ class CaptioningModel(nn.Module):
             For each caption (T, N): for each of its words, and for its end, the weights of the
             regions, which sum to 1. None for a decoder without attention.
         """
-        most = max(map(len, hypotheses))
+        most = max([1, *map(len, hypotheses)])
         rows = [
             [torch.tensor([BOS, *hypothesis.token_ids]) for hypothesis in of_image]
             for of_image in hypotheses
@@ -105,7 +105,14 @@ class CaptioningModel(nn.Module):
         ]
 
     def best_captions(self, hypotheses: Sequence[Sequence[Hypothesis]]) -> list[str]:
-        """Return the best caption of each image as text."""
+        """Return the best caption of each image as text.
+
+        Raises:
+            SearchError: There is none for some image: the model gives NaN.
+        """
+        damaged = sum(not image for image in hypotheses)
+        if damaged:
+            raise SearchError(f"{damaged} of {len(hypotheses)} images: {NO_PROBABILITIES}")
         return [self.vocabulary.decode(image[0].token_ids) for image in hypotheses]
 
 
@@ -127,11 +134,11 @@ def generate(
         image_keys: See ``search.decode``.
 
     Returns:
-        For each image its captions, best first: see ``search.decode``.
+        For each image its captions, best first; none where a decoder gives NaN: see
+        ``search.decode``.
 
     Raises:
         ConfigError: No caption could meet the settings.
-        SearchError: A decoder gives NaN.
     """
     constraints = Constraints.from_config(search, vocabulary)
     pairs = zip(decoders, features, strict=True)

@@ -3,53 +3,89 @@
     model.safetensors    weights of encoder and decoder
     config.json          CNN, preprocessing, decoder and search settings, scores
     vocabulary.json      the words in the order of their ids
+    SHA256SUMS           what these files were when they were saved (``captioner.checksums``)
 
-Loading one reads tensors and JSON; it never runs code from it.
+Loading one reads tensors and JSON; it never runs code from it. It may come from a stranger: sizes
+are checked before anything of theirs is allocated. Whoever edits config.json, say the settings of
+the search, deletes its line from SHA256SUMS.
 """
 
+import contextlib
 import dataclasses
+import os
 import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from captioner.checksums import (
+    CHECKSUMS_FILE,
+    check_sha256,
+    read_checksums,
+    sha256_of,
+    write_checksums,
+)
 from captioner.config import DecoderConfig, SearchConfig
 from captioner.data.images import Preprocessing
 from captioner.data.vocabulary import Vocabulary
-from captioner.errors import CheckpointError, ConfigError
+from captioner.errors import CaptionerError, CheckpointError, ConfigError, name_some
 from captioner.experiment_file import parse
-from captioner.files import read_json, recover_directory, write_json
+from captioner.files import error_naming, open_together, parse_json, write_json
 from captioner.models.captioning_model import CaptioningModel
 from captioner.models.encoder import Encoder
+from captioner.models.weights import Unallocated, fill
 from captioner.version import __version__
 
 FORMAT = 2  # 1: other names of the decoders' weights
+WEIGHTS_FILE, CONFIG_FILE, VOCABULARY_FILE = "model.safetensors", "config.json", "vocabulary.json"
+
+# Far more than any captioner needs.
+MOST_CONFIG_BYTES = 2**20
+MOST_VOCABULARY_BYTES = 2**25
+MOST_WORDS = 1_000_000
+
+
+@dataclass(frozen=True)
+class _EncoderContent:
+    name: str
+    last_stage: str
+    preprocessing: Preprocessing
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What config.json holds."""
+
+    format: int
+    captioner: str
+    encoder: _EncoderContent
+    decoder: DecoderConfig
+    search: SearchConfig
+    scores: dict[str, Any]
 
 
 def save_checkpoint(model: CaptioningModel, directory: Path, scores: dict[str, Any]) -> None:
-    """Write a checkpoint into an existing directory (see ``files.atomic_directory``)."""
+    """Write a checkpoint into an existing directory (see ``files.atomic_directory``).
+
+    Other files that are in the directory by then get their checksums too.
+    """
     state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
-    safetensors.torch.save_file(state, directory / "model.safetensors")
-    write_json(directory / "vocabulary.json", list(model.vocabulary.words), indent=None)
-    write_json(
-        directory / "config.json",
-        {
-            "format": FORMAT,
-            "captioner": __version__,
-            "encoder": {
-                "name": model.encoder.name,
-                "last_stage": model.encoder.last_stage,
-                "preprocessing": model.encoder.preprocessing.to_dict(),
-            },
-            "decoder": dataclasses.asdict(model.decoder.config),
-            "search": dataclasses.asdict(model.search),
-            "scores": scores,
-        },
+    safetensors.torch.save_file(state, directory / WEIGHTS_FILE)
+    write_json(directory / VOCABULARY_FILE, list(model.vocabulary.words), indent=None)
+    encoder = _EncoderContent(
+        model.encoder.name, model.encoder.last_stage, model.encoder.preprocessing
     )
+    content = _Content(FORMAT, __version__, encoder, model.decoder.config, model.search, scores)
+    write_json(directory / CONFIG_FILE, dataclasses.asdict(content))
+    write_checksums(directory)
 
 
 def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu") -> CaptioningModel:
@@ -59,53 +95,138 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu") -
         CheckpointError: A file is missing, damaged, or doesn't fit the others.
     """
     directory = Path(directory)
-    recover_directory(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such checkpoint directory")
-    config = _read_json(directory / "config.json", dict)
-    if config.get("format") not in range(1, FORMAT + 1):
-        raise CheckpointError(
-            f"{directory}/config.json: checkpoint format {FORMAT} or earlier was expected, found "
-            f"{config.get('format')}; it was written by captioner {config.get('captioner')}"
+    with _open_files(directory) as files, ThreadPoolExecutor(1) as hashing:
+        sha256 = hashing.submit(sha256_of, files[WEIGHTS_FILE])
+        checksums = read_checksums(files.get(CHECKSUMS_FILE), directory)
+        content = _read_config(files[CONFIG_FILE], directory / CONFIG_FILE, checksums)
+        vocabulary = _read_vocabulary(
+            files[VOCABULARY_FILE], directory / VOCABULARY_FILE, checksums
         )
-    vocabulary = _read_vocabulary(directory / "vocabulary.json")
-    try:
-        encoder = Encoder(
-            config["encoder"]["name"],
-            parse(Preprocessing, config["encoder"]["preprocessing"], "preprocessing"),
-            str(config["encoder"]["last_stage"]),
-        )
-        model = CaptioningModel(
-            encoder,
-            parse(DecoderConfig, config["decoder"], "decoder"),
-            vocabulary,
-            parse(SearchConfig, config["search"], "search"),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{directory}/config.json: {error} is missing") from None
-    except (TypeError, ValueError, RuntimeError, ConfigError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{directory}/config.json: {reason}") from None
-    _load_tensors(model, directory / "model.safetensors", config["format"])
+        path = directory / WEIGHTS_FILE
+        check_sha256(sha256.result(), path, checksums)
+        tensors = _read_tensors(files[WEIGHTS_FILE], path, content)
+        model = _build_model(content, vocabulary, tensors, directory)
     return model.to(device).eval()
 
 
-def _load_tensors(model: CaptioningModel, path: Path, file_format: int) -> None:
+@contextlib.contextmanager
+def _open_files(directory: Path) -> Iterator[dict[str, BinaryIO]]:
+    names = (CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE)
     try:
-        tensors = safetensors.torch.load_file(path)
-        if file_format == 1:
-            tensors = _upgrade_format_1(tensors, model.decoder.config.embedding_size)
-        model.load_state_dict(tensors)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is this a checkpoint directory?") from None
-    except (SafetensorError, OSError) as error:
+        files = open_together(directory, names, [CHECKSUMS_FILE], CheckpointError)
+    except CheckpointError:
+        if os.path.isdir(directory):
+            raise
+        raise CheckpointError(f"{directory}: no such checkpoint directory") from None
+    with contextlib.ExitStack() as opened:
+        for file in files.values():
+            opened.enter_context(file)
+        yield files
+
+
+def _read_config(file: BinaryIO, path: Path, checksums: dict[str, str]) -> _Content:
+    content = _read_json(file, path, dict, MOST_CONFIG_BYTES, checksums)
+    if content.get("format") not in range(1, FORMAT + 1):
         raise CheckpointError(
-            f"{path}: not a safetensors file, or cut short ({error}); other formats are refused "
-            "because they can run code"
+            f"{path}: checkpoint format {FORMAT} or earlier was expected, found "
+            f"{content.get('format')!s:.20}; it was written by captioner "
+            f"{content.get('captioner')!s:.20}"
+        )
+    try:
+        return parse(_Content, content, path.name)
+    except (CaptionerError, RecursionError) as error:
+        reason = _shortened(error).removeprefix(f"{path.name}: ")
+        raise CheckpointError(f"{path}: {reason}") from None
+
+
+def _read_vocabulary(file: BinaryIO, path: Path, checksums: dict[str, str]) -> Vocabulary:
+    words = _read_json(file, path, list, MOST_VOCABULARY_BYTES, checksums)
+    if not all(isinstance(word, str) for word in words):
+        raise CheckpointError(f"{path}: a list of words was expected")
+    if len(words) > MOST_WORDS:
+        raise CheckpointError(
+            f"{path}: at most {MOST_WORDS:,} words were expected, found {len(words):,}"
+        )
+    try:
+        "".join(words).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path}: a word isn't valid Unicode, it can't be written") from None
+    try:
+        return Vocabulary(words)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _read_json(
+    file: BinaryIO, path: Path, kind: type, most_bytes: int, checksums: dict[str, str]
+) -> Any:
+    with error_naming(path, CheckpointError):
+        content = file.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise CheckpointError(f"{path}: at most {most_bytes:,} bytes were expected")
+        check_sha256(sha256_of(BytesIO(content)), path, checksums)
+        text = content.decode("utf-8-sig")
+    value = parse_json(text, str(path), CheckpointError)
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{path}: a JSON {kind.__name__} was expected")
+    return value
+
+
+def _read_tensors(file: BinaryIO, path: Path, content: _Content) -> dict[str, Tensor]:
+    """Return the tensors, which are mapped from the file: they take no memory yet."""
+    opened = f"/dev/fd/{file.fileno()}"  # the file that was hashed, whatever has its name by now
+    try:
+        file.seek(0)
+        tensors = safetensors.torch.load_file(opened if os.path.exists(opened) else path)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: not a safetensors file, or cut short ({_shortened(error)}); other formats "
+            "are refused because they can run code"
         ) from None
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path}: doesn't fit config.json ({reason})") from None
+    if content.format > 1:
+        return tensors
+    try:
+        return _upgrade_format_1(tensors, content.decoder.embedding_size)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: doesn't fit {CONFIG_FILE} (format 1: {_shortened(error)})"
+        ) from None
+
+
+def _build_model(
+    content: _Content, vocabulary: Vocabulary, tensors: Mapping[str, Tensor], directory: Path
+) -> CaptioningModel:
+    by_part: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
+    for name, tensor in tensors.items():
+        part, _, name_in_part = name.partition(".")
+        by_part.setdefault(part, {})[name_in_part] = tensor
+    part = "encoder"
+    try:
+        encoder = Encoder(
+            content.encoder.name,
+            content.encoder.preprocessing,
+            content.encoder.last_stage,
+            by_part.pop(part),
+        )
+        with Unallocated():
+            model = CaptioningModel(encoder, content.decoder, vocabulary, content.search)
+        part = "decoder"
+        fill(model.decoder, by_part.pop(part))
+        if by_part:
+            raise CheckpointError(f"no part of a captioner is called {name_some(by_part)}")
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE}: {_shortened(error)}") from None
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{directory / WEIGHTS_FILE}: doesn't fit {CONFIG_FILE} ({part}: {_shortened(error)})"
+        ) from None
+    return model
+
+
+def _shortened(error: Exception) -> str:
+    """Return an error's first line; a stranger's values may be of any length."""
+    lines = str(error).splitlines()
+    return lines[0][:300] if lines else type(error).__name__
 
 
 # What the decoders' weights were called in format 1, and what they are called now.
@@ -135,20 +256,3 @@ def _upgrade_format_1(tensors: dict[str, Tensor], embedding_size: int) -> dict[s
         upgraded["decoder.deep_output.weight"] = torch.cat(parts, 1)
         upgraded["decoder.deep_output.bias"] = upgraded.pop("decoder.hidden_output.bias")
     return upgraded
-
-
-def _read_vocabulary(path: Path) -> Vocabulary:
-    words = _read_json(path, list)
-    if not all(isinstance(word, str) for word in words):
-        raise CheckpointError(f"{path}: a list of words was expected")
-    try:
-        return Vocabulary(words)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    content = read_json(path, CheckpointError, regular=True)
-    if not isinstance(content, kind):
-        raise CheckpointError(f"{path}: a JSON {kind.__name__} was expected")
-    return content

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
 from captioner.data.vocabulary import PAD
-from captioner.models.recurrent import states_per_layer
+from captioner.models.recurrent_cells import states_per_layer
 
 Memory = tuple[Tensor, ...]  # what belongs to images, (B, …) each
 State = tuple[Tensor, ...]  # what belongs to captions, (B, K, …) each
@@ -176,18 +176,21 @@ class Decoder(nn.Module, ABC):
 
         Args:
             features: (B, N, D).
-            token_ids: (B, K, T + 1), from BOS to EOS, then PAD.
+            token_ids: (B, K, T + 1), from BOS to EOS, then PAD. On the CPU, whatever the device of
+                the features: then nothing has to wait for the device.
             bptt_window: Truncated back-propagation: after so many tokens the state goes on and no
                 gradient comes back; the first state belongs to the first window. 0 cuts nowhere.
             trace: Filled with the state before the first and after each step, as the graph holds
                 them. Single steps are taken then.
         """
+        real = (token_ids[..., 1:] != PAD).cpu()
+        token_ids = token_ids.to(features.device, non_blocking=True)
         inputs, targets = token_ids[..., :-1], token_ids[..., 1:]
         state, memory = self.init_state(features)
         state = tuple(part.expand(-1, inputs.shape[1], *part.shape[2:]) for part in state)
         run = self.run_steps if trace is not None else self.run_sequence
-        real = targets != PAD
         outputs, positions, attention = run(inputs, state, memory, real, bptt_window, trace)
+        positions = positions.to(features.device, non_blocking=True)
         return DecoderOutput(
             self.output(outputs),
             targets[tuple(positions.unbind(1))],
@@ -211,13 +214,13 @@ class Decoder(nn.Module, ABC):
             inputs: (B, K, T).
             state: Before the first step, (B, K, …) each.
             memory: As ``init_state`` gave it.
-            real: Which steps' outputs are wanted, (B, K, T).
+            real: Which steps' outputs are wanted, (B, K, T), on the CPU.
             bptt_window: As in ``teacher_forcing``.
             trace: As in ``teacher_forcing``.
 
         Returns:
-            The outputs (tokens, O), the positions (tokens, 3), and the attention of each caption
-            summed over its steps, (captions, N), or None.
+            The outputs (tokens, O), the positions (tokens, 3) on the CPU, and the attention of each
+            caption summed over its steps, (captions, N), or None.
         """
         return self.run_steps(inputs, state, memory, real, bptt_window, trace)
 
@@ -235,6 +238,7 @@ class Decoder(nn.Module, ABC):
         Captions that have ended take no further steps where those after them have ended too.
         """
         sizes, rows, positions = _active_rectangles(real)
+        is_real = real.to(inputs.device, non_blocking=True)
         if trace is not None:  # where the first state is a constant, its gradient shows too
             state = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in state)
             trace.append(state)
@@ -249,13 +253,13 @@ class Decoder(nn.Module, ABC):
             if trace is not None:
                 trace.append(state)
             if weights is not None:
-                weights = weights * real[:b, :k, t].unsqueeze(-1)
+                weights = weights * is_real[:b, :k, t].unsqueeze(-1)
                 margin = (0, 0, 0, real.shape[1] - k, 0, real.shape[0] - b)
                 weights = nn.functional.pad(weights, margin)
                 attention = weights if attention is None else attention + weights
         if attention is not None:
             attention = attention[real.any(-1)]
-        return torch.cat(outputs)[rows], positions, attention
+        return torch.cat(outputs)[rows.to(inputs.device)], positions, attention
 
     def attention_maps(self, features: Tensor, token_ids: Tensor) -> Tensor | None:
         """Return what is attended to after each token; None for a decoder without attention.
@@ -282,7 +286,7 @@ def _active_rectangles(real: Tensor) -> tuple[list[tuple[int, int]], Tensor, Ten
     """Say how much of a batch each step needs, when captions end at different steps.
 
     Args:
-        real: Which tokens aren't padding, (B, K, T).
+        real: Which tokens aren't padding, (B, K, T), on the CPU.
 
     Returns:
         For each step t the smallest (b, k) such that [:b, :k] holds all captions that last
@@ -290,7 +294,6 @@ def _active_rectangles(real: Tensor) -> tuple[list[tuple[int, int]], Tensor, Ten
         rows among the rows of all these rectangles, one after the other, (tokens,); and their
         positions, (tokens, 3).
     """
-    device, real = real.device, real.cpu()  # once per batch
     real = real[..., : int(real.any(0).any(0).sum())]
     lasting = real.flip(2).cumsum(2).flip(2) > 0
     images, captions = lasting.any(1).T, lasting.any(0).T  # (T, B), (T, K)
@@ -300,4 +303,4 @@ def _active_rectangles(real: Tensor) -> tuple[list[tuple[int, int]], Tensor, Ten
     ]
     rows = torch.cat([real[:b, :k, t].flatten() for t, (b, k) in enumerate(sizes)]).nonzero()
     positions = real.permute(2, 0, 1).nonzero()[:, [1, 2, 0]]
-    return sizes, rows.squeeze(1).to(device), positions.to(device)
+    return sizes, rows.squeeze(1), positions

@@ -1,6 +1,8 @@
 """The CNN: from pixels to a grid of region features."""
 
+import contextlib
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from captioner.config import PreprocessingConfig
 from captioner.data.images import Preprocessing
-from captioner.errors import ConfigError, WeightsError, did_you_mean, name_some
+from captioner.errors import ConfigError, WeightsError, did_you_mean
 from captioner.models.pretrained_cnn import (
     HEADS,
     build_cnn,
@@ -16,6 +18,7 @@ from captioner.models.pretrained_cnn import (
     read_weights,
     remove_head,
 )
+from captioner.models.weights import Unallocated, fill, misfit
 
 
 class Encoder(nn.Module):
@@ -28,6 +31,7 @@ class Encoder(nn.Module):
         preprocessing: What is done to its images; mean and std are applied in here.
         last_stage: The stage whose output is taken as the features; those after it are left
             out. An earlier one has a finer grid. "" takes the last one there is.
+        tensors: Its weights, by the names of its ``state_dict``; None draws random ones.
 
     Attributes:
         stages: Names of the parts in running order, for fine-tuning ("layer3", "features.14").
@@ -35,15 +39,23 @@ class Encoder(nn.Module):
 
     Raises:
         ConfigError: No such CNN, or one that doesn't end in a feature map.
+        CheckpointError: The tensors don't fit it.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, preprocessing: Preprocessing, last_stage: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        preprocessing: Preprocessing,
+        last_stage: str = "",
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.name, self.preprocessing, self.last_stage = name, preprocessing, last_stage
-        self.cnn, stages = remove_head(build_cnn(name), name)
+        with contextlib.nullcontext() if tensors is None else Unallocated():
+            self.cnn, stages = remove_head(build_cnn(name), name)
         self.stages = stages
         if last_stage:
             self._check_stage("last_stage", last_stage)
@@ -54,6 +66,8 @@ class Encoder(nn.Module):
             delattr(self.cnn.get_submodule(parent), child)
         self.register_buffer("mean", _channels(preprocessing.mean), persistent=False)
         self.register_buffer("std", _channels(preprocessing.std), persistent=False)
+        if tensors is not None:
+            fill(self, tensors)
         self._trained: list[str] = []
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
@@ -128,17 +142,14 @@ class Encoder(nn.Module):
 
     def _load(self, state: dict[str, Tensor], source: str) -> None:
         own = self.cnn.state_dict()
-        missing = [key for key in own if key not in state and "num_batches_tracked" not in key]
-        other = [key for key in own if key in state and state[key].shape != own[key].shape]
         # ResNet-50's tensors are all in ResNet-101, by name and shape.
-        more = [key for key in state if key not in own and key.split(".")[0] not in HEADS]
-        more = [key for key in more if not key.startswith(self._left_out)]
-        for keys, what in ((missing, "missing"), (other, "of another shape"), (more, "too many")):
-            if keys:
-                raise WeightsError(
-                    f"{source}: these are not the weights of {self.name}, which has {len(own)} "
-                    f"tensors below its classifier: {len(keys)} are {what} ({name_some(keys)})"
-                )
+        left_out = (*(f"{head}." for head in HEADS), *self._left_out)
+        given = {key: state[key] for key in state if key in own or not key.startswith(left_out)}
+        if reason := misfit(own, given):
+            raise WeightsError(
+                f"{source}: these are not the weights of {self.name}, which has {len(own)} "
+                f"tensors below its classifier: {reason}"
+            )
         # Filled in place: torchvision's own state_dict carries versions that some CNNs ask for.
         own.update({key: state[key] for key in own if key in state})
         self.cnn.load_state_dict(own)
@@ -187,15 +198,15 @@ def make_encoder(
         changes: What is to differ from the weights' own preprocessing.
         last_stage: See ``Encoder``.
     """
-    preprocessing = _changed(
-        preprocessing_of_weights(name, weights), changes or PreprocessingConfig()
-    )
+    preprocessing = make_preprocessing(name, weights, changes or PreprocessingConfig())
     encoder = Encoder(name, preprocessing, last_stage)
     encoder.load_weights(weights)
     return encoder
 
 
-def _changed(own: Preprocessing, changes: PreprocessingConfig) -> Preprocessing:
+def make_preprocessing(name: str, weights: str, changes: PreprocessingConfig) -> Preprocessing:
+    """Return the preprocessing of a CNN's weights with some changes."""
+    own = preprocessing_of_weights(name, weights)
     image_size = changes.image_size or own.image_size
     # A new size keeps the share of the image that is cut away.
     scaled = round(own.resize_size * image_size / own.image_size)

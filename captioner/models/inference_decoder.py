@@ -21,7 +21,8 @@ from captioner.data.vocabulary import PAD
 from captioner.models.attention import AdditiveAttention, attend
 from captioner.models.decoder import Decoder, Memory, State
 from captioner.models.packed_linear import PackedLinear, round_rows
-from captioner.models.recurrent import RecurrentStack, states_per_layer, step_layers
+from captioner.models.recurrent import RecurrentStack
+from captioner.models.recurrent_cells import states_per_layer, step_layers
 
 
 class InferenceDecoder:

@@ -1,7 +1,6 @@
 """torchvision's classification CNNs: built without their classifier, their weights read."""
 
-import pickle
-import re
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 
 from captioner.data.images import Preprocessing
 from captioner.errors import ConfigError, WeightsError, did_you_mean
+from captioner.files import error_naming, open_regular
+from captioner.models.weights import load_pickled, reason_of
 
 # Top-level children of torchvision's CNNs that come after the last feature map, or beside it.
 HEADS = {"avgpool", "classifier", "fc", "head", "dropout", "aux1", "aux2", "AuxLogits"}
@@ -82,8 +83,9 @@ def read_weights(name: str, weights: str) -> tuple[str, dict[str, Tensor]]:
     Raises:
         WeightsError: They can't be found, downloaded or read.
     """
-    if Path(weights).expanduser().is_file():
-        return weights, _read_state_dict(Path(weights).expanduser())
+    path = os.path.expanduser(weights)
+    if os.path.isfile(path):
+        return weights, _read_state_dict(Path(path))
     kinds = torchvision.models.get_model_weights(name)
     if weights not in kinds.__members__:
         known = [*kinds.__members__, "none"]
@@ -92,17 +94,19 @@ def read_weights(name: str, weights: str) -> tuple[str, dict[str, Tensor]]:
             f"{did_you_mean(weights, known)} (torchvision has {', '.join(known)})"
         )
     chosen = kinds[weights]
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(chosen.url).name)
     try:
+        if file.exists():
+            open_regular(file).close()
         state = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except Exception as error:  # see _read_state_dict
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(chosen.url).name)
-        if file.is_file():
+    except Exception as error:  # see load_pickled
+        if file.exists():
             raise WeightsError(
-                f"{file}: not the weights of {chosen.url} ({_reason(error)}); delete it, and it "
+                f"{file}: not the weights of {chosen.url} ({reason_of(error)}); delete it, and it "
                 "is downloaded again"
             ) from None
         raise WeightsError(
-            f"encoder.weights: {chosen.url} can't be downloaded ({_reason(error)}); with no "
+            f"encoder.weights: {chosen.url} can't be downloaded ({reason_of(error)}); with no "
             "network, copy the file here and give its path as encoder.weights"
         ) from None
     return chosen.url, state
@@ -110,18 +114,17 @@ def read_weights(name: str, weights: str) -> tuple[str, dict[str, Tensor]]:
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read tensors by name from a safetensors file or a state_dict, never running code from it."""
+    with error_naming(path, WeightsError):
+        file = open_regular(path)
     try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # guesses about what the file is
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch's reader raises almost anything on damaged files and on those that are something else.
-    except Exception as error:
+        with file:
+            safe = path.suffix == ".safetensors"
+            state: Any = safetensors.torch.load_file(path) if safe else load_pickled(file)
+    except (ValueError, OSError, SafetensorError) as error:
+        reason = str(error) if isinstance(error, ValueError) else reason_of(error)
         raise WeightsError(
-            f"{path}: not a plain state_dict of tensors ({_reason(error)}); files that need code "
-            "to load are refused"
+            f"{path}: not a plain state_dict of tensors ({reason}); files that need code to load "
+            "are refused"
         ) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -131,15 +134,3 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     ):
         raise WeightsError(f"{path}: a state_dict (tensors by name) was expected")
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
-
-
-def _reason(error: Exception) -> str:
-    """Return in one line why a weights file can't be read."""
-    if isinstance(error, pickle.UnpicklingError):
-        # torch's own message advises to load the file in the way that runs code from it.
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted:
-            return f"it calls {wanted[1]}"
-    elif isinstance(error, OSError | RuntimeError | SafetensorError):
-        return str(error).split("\n")[0]
-    return "it is damaged or of another format"

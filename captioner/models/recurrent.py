@@ -1,194 +1,34 @@
-"""Recurrent layers by cell: torch.nn's fused ones for whole sequences, one readable step else.
+"""Recurrent layers over whole sequences, by torch's fused kernels: LSTM, GRU and vanilla RNN.
 
-``RecurrentStack`` runs whole sequences by torch.nn's fused module, and single steps by the
-equations below from the same weights. ``CellStack`` takes single steps alone, for decoders whose
-next input depends on the last state, as with attention. Both take the input of a step as the
-first layer's weights have made it, W_x x + b: what is known beforehand is multiplied once.
+Single steps are taken from the same weights by the equations of ``models.recurrent_cells``.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+from captioner.models.recurrent_cells import (
+    CELL_STEPS,
+    CELLS,
+    INITIALISATIONS,
+    Gates,
+    State,
+    initialise_bias,
+    initialise_gates,
+    states_per_layer,
+    step_layers,
+)
 
-# How the recurrent weights of each gate, (H, H), begin.
-INITIALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "orthogonal": nn.init.orthogonal_,  # keeps the length of h (Saxe et al. 2014)
-    "xavier": nn.init.xavier_uniform_,  # Glorot and Bengio 2010
-    "identity": nn.init.eye_,  # with rnn_relu the IRNN (Le et al. 2015)
+# torch's kernels for whole sequences: cuDNN's or oneDNN's where there are such.
+FUSED_KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    cell: getattr(torch, cell) for cell in CELLS
 }
-
-# The state of a stack. For single steps: h of each layer, or h and c, (…, H) each, one after the
-# other (h0, c0, h1, c1). For whole sequences: h, or h and c, of all layers, (L, rows, H) each, as
-# torch.nn has it.
-State = tuple[Tensor, ...]
-
-
-def states_per_layer(cell: str) -> int:
-    """Return how many tensors a layer's state is: 2 for the LSTM (h and c), else 1."""
-    return 2 if cell == "lstm" else 1
-
-
-# --- the equations ----------------------------------------------------------------------------
-#
-# Each function takes W_x x(t) + b and W_h h(t-1) + b', (…, gates * H), and the state of the layer;
-# it returns the new state. The gates are in torch's order. A dict, where one is given, is filled
-# with the activations of the gates, (…, H).
-
-Gates = dict[str, Tensor]
-
-
-def lstm_step(
-    from_input: Tensor, from_hidden: Tensor, state: State, gates: Gates | None = None
-) -> State:
-    """Take a step of the LSTM (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000).
-
-    c(t) = f * c(t-1) + i * g and h(t) = o * tanh(c(t)).
-    """
-    i, f, g, o = (from_input + from_hidden).chunk(4, -1)
-    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
-    if gates is not None:
-        gates.update(input=i, forget=f, candidate=g, output=o)
-    c = f * state[1] + i * g
-    return o * torch.tanh(c), c
-
-
-def gru_step(
-    from_input: Tensor, from_hidden: Tensor, state: State, gates: Gates | None = None
-) -> State:
-    """Take a step of the GRU (Cho et al. 2014, with the reset gate after the product).
-
-    h(t) = (1 - z) * n + z * h(t-1): where the update gate z is 1, nothing is updated.
-    """
-    reset, update, new = from_input.chunk(3, -1)
-    from_reset, from_update, from_new = from_hidden.chunk(3, -1)
-    r, z = torch.sigmoid(reset + from_reset), torch.sigmoid(update + from_update)
-    n = torch.tanh(new + r * from_new)
-    if gates is not None:
-        gates.update(reset=r, update=z, candidate=n)
-    return ((1 - z) * n + z * state[0],)
-
-
-def tanh_step(
-    from_input: Tensor, from_hidden: Tensor, state: State, gates: Gates | None = None
-) -> State:
-    """Take a step of the vanilla RNN (Elman 1990); it has no gates."""
-    return (torch.tanh(from_input + from_hidden),)
-
-
-def relu_step(
-    from_input: Tensor, from_hidden: Tensor, state: State, gates: Gates | None = None
-) -> State:
-    """Take a step of the vanilla RNN with rectified units (Le et al. 2015); it has no gates."""
-    return (torch.relu(from_input + from_hidden),)
-
-
-CELL_STEPS: dict[str, Callable[[Tensor, Tensor, State, Gates | None], State]] = {
-    "lstm": lstm_step,
-    "gru": gru_step,
-    "rnn_tanh": tanh_step,
-    "rnn_relu": relu_step,
-}
-GATE_COUNTS = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-
-Layer = Callable[[Tensor], Tensor]
-
-
-def step_layers(
-    cell: str,
-    projected: Tensor,
-    state: State,
-    from_hidden: Sequence[Layer],
-    from_below: Sequence[Layer],
-    dropout: Layer,
-) -> State:
-    """Take one step through all layers.
-
-    Args:
-        cell: One of ``CELLS``.
-        projected: W_x x + b of the first layer, (…, gates * H).
-        state: For single steps, (…, H) each.
-        from_hidden: W_h h + b' of each layer.
-        from_below: W_x x + b of each layer after the first, whose input is the h below.
-        dropout: Applied to the h that goes up to the next layer.
-
-    Returns:
-        The new state.
-    """
-    per_layer = states_per_layer(cell)
-    new_state: list[Tensor] = []
-    for number, project_hidden in enumerate(from_hidden):
-        layer_state = state[number * per_layer : (number + 1) * per_layer]
-        if number:
-            projected = from_below[number - 1](dropout(new_state[-per_layer]))
-        new_state += CELL_STEPS[cell](projected, project_hidden(layer_state[0]), layer_state, None)
-    return tuple(new_state)
-
-
-class CellStack(nn.Module):
-    """Recurrent layers on top of each other, for single steps.
-
-    The caller has the first layer's input weights, made by ``input_projections``.
-
-    Args:
-        cell: One of ``CELLS``.
-        hidden_size: H.
-        layers: L.
-        dropout: Share of units dropped between the layers.
-        initialisation: Of the recurrent weights, one of ``INITIALISATIONS``.
-        forget_bias: What the bias of the LSTM's forget gate begins with.
-    """
-
-    def __init__(
-        self,
-        cell: str,
-        hidden_size: int,
-        layers: int = 1,
-        dropout: float = 0.0,
-        initialisation: str = "orthogonal",
-        forget_bias: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.cell, self.hidden_size, self.forget_bias = cell, hidden_size, forget_bias
-        gates = GATE_COUNTS[cell] * hidden_size
-        from_hidden = [nn.Linear(hidden_size, gates) for _ in range(layers)]
-        for layer in from_hidden:
-            _initialise_gates(layer.weight, hidden_size, INITIALISATIONS[initialisation])
-            nn.init.zeros_(layer.bias)
-        self.from_hidden = nn.ModuleList(from_hidden)
-        self.from_below = nn.ModuleList(
-            self.input_projections(hidden_size)[0] for _ in range(layers - 1)
-        )
-        self.dropout = nn.Dropout(dropout)
-
-    def input_projections(self, *sizes: int) -> list[nn.Linear]:
-        """Return W_x of a layer, cut into one linear layer for each part of its input.
-
-        Args:
-            sizes: Widths of the parts. The first one's layer has the bias b.
-        """
-        gates = GATE_COUNTS[self.cell] * self.hidden_size
-        whole = nn.Linear(sum(sizes), gates)
-        _initialise_gates(whole.weight, self.hidden_size, nn.init.xavier_uniform_)
-        _initialise_bias(whole.bias, self.cell, self.hidden_size, self.forget_bias)
-        parts = [nn.Linear(size, gates, bias=not place) for place, size in enumerate(sizes)]
-        with torch.no_grad():
-            parts[0].bias.copy_(whole.bias)
-            for part, columns in zip(parts, whole.weight.split(list(sizes), 1), strict=True):
-                part.weight.copy_(columns)
-        return parts
-
-    def step(self, projected: Tensor, state: State) -> State:
-        """Take one step: see ``step_layers``."""
-        return step_layers(
-            self.cell, projected, state, list(self.from_hidden), list(self.from_below), self.dropout
-        )
 
 
 @dataclass(frozen=True)
@@ -243,9 +83,9 @@ class RecurrentStack(nn.Module):
         self.return_sequences, self.return_state = return_sequences, return_state
         self.fused = _fused_module(cell, input_size, hidden_size, layers, dropout)
         for input_weight, input_bias, weight, bias in self.layer_weights():
-            _initialise_gates(input_weight, hidden_size, nn.init.xavier_uniform_)
-            _initialise_bias(input_bias, cell, hidden_size, forget_bias)
-            _initialise_gates(weight, hidden_size, INITIALISATIONS[initialisation])
+            initialise_gates(input_weight, hidden_size, nn.init.xavier_uniform_)
+            initialise_bias(input_bias, cell, hidden_size, forget_bias)
+            initialise_gates(weight, hidden_size, INITIALISATIONS[initialisation])
             nn.init.zeros_(bias)
 
     @property
@@ -329,25 +169,50 @@ class RecurrentStack(nn.Module):
         self, x: Tensor, state: State | None, lengths: Tensor | None, cut: bool
     ) -> tuple[Tensor, State]:
         """Run over a window; with ``cut`` no gradient comes back from it to the state before."""
-        if lengths is None:
-            output, new = self.fused(x, _torch_state(state, cut))
-            return output, new if isinstance(new, tuple) else (new,)
         state = self._zeros(x) if state is None else state
-        active = (lengths > 0).nonzero().squeeze(1)
+        before = tuple(part.detach() for part in state) if cut else state
+        if lengths is None:
+            return self._run_fused((x,), before)
+        # The rows that have steps left, the longest first.
+        active = lengths.argsort(descending=True)[: int((lengths > 0).sum())]
         if not len(active):
             return x.new_zeros((*x.shape[:2], self.hidden_size)), state
-        packed = pack_padded_sequence(
-            x[active],
-            lengths[active].clamp(max=x.shape[1]).cpu(),
-            batch_first=True,
-            enforce_sorted=False,
+        steps = lengths[active].clamp(max=x.shape[1]).cpu()
+        packed = pack_padded_sequence(x[active], steps, batch_first=True)
+        hidden, new = self._run_fused(
+            (packed.data, packed.batch_sizes), tuple(part[:, active] for part in before)
         )
-        packed, new = self.fused(packed, _torch_state(tuple(p[:, active] for p in state), cut))
-        new = new if isinstance(new, tuple) else (new,)
-        output = pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])[0]
+        output = pad_packed_sequence(
+            PackedSequence(hidden, packed.batch_sizes), batch_first=True, total_length=x.shape[1]
+        )[0]
         outputs = output.new_zeros((len(x), *output.shape[1:])).index_copy(0, active, output)
         pairs = zip(state, new, strict=True)
         return outputs, tuple(old.to(n.dtype).index_copy(1, active, n) for old, n in pairs)
+
+    def _run_fused(self, inputs: tuple[Tensor, ...], state: State) -> tuple[Tensor, State]:
+        """Run torch's fused kernels on a batch, (x,), or on packed rows, (data, batch sizes).
+
+        Autocast is off in here: on CUDA it would compute in float16, whatever its own dtype, and
+        without loss scaling small gradients vanish in float16.
+        """
+        weights = [weight for layer in self.fused.all_weights for weight in layer]
+        dtype = _fused_dtype(weights[0])
+        state = tuple(part.to(dtype).contiguous() for part in state)  # for cuDNN
+        batch_first = (True,) if len(inputs) == 1 else ()
+        with _without_autocast(weights[0].device.type):
+            output, *new = FUSED_KERNELS[self.cell](
+                inputs[0].to(dtype),
+                *inputs[1:],
+                state if self.cell == "lstm" else state[0],
+                [weight.to(dtype) for weight in weights],
+                True,  # there are biases
+                self.depth,
+                self.fused.dropout,
+                self.training,
+                False,  # one direction
+                *batch_first,
+            )
+        return output, tuple(new)
 
     def _zeros(self, x: Tensor) -> State:
         zeros = x.new_zeros((self.depth, len(x), self.hidden_size))
@@ -415,12 +280,19 @@ class RecurrentStack(nn.Module):
         return hidden, stacked, state
 
 
-def _torch_state(state: State | None, cut: bool) -> Tensor | State | None:
-    """Give a state the form that torch.nn takes: a tuple for the LSTM, else the tensor alone."""
-    if state is None:
-        return None
-    state = tuple(part.detach() for part in state) if cut else state
-    return state[0] if len(state) == 1 else state
+def _fused_dtype(weight: Tensor) -> torch.dtype:
+    """Return in which dtype the kernels compute: autocast's on the CPU, else the weights'.
+
+    cuDNN's recurrences take bfloat16 in the latest releases alone; float32 they multiply on tensor
+    cores too (TF32).
+    """
+    is_cast = torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32
+    return torch.get_autocast_dtype("cpu") if is_cast and weight.is_cpu else weight.dtype
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 def _fused_module(
@@ -434,19 +306,3 @@ def _fused_module(
         return nn.GRU(*sizes, batch_first=True, dropout=dropout)
     activation = cell.removeprefix("rnn_")
     return nn.RNN(*sizes, nonlinearity=activation, batch_first=True, dropout=dropout)
-
-
-@torch.no_grad()
-def _initialise_gates(
-    weight: Tensor, hidden_size: int, initialise: Callable[[Tensor], Tensor]
-) -> None:
-    for gate in weight.split(hidden_size):
-        initialise(gate)
-
-
-@torch.no_grad()
-def _initialise_bias(bias: Tensor, cell: str, hidden_size: int, forget_bias: float) -> None:
-    """0, but for the LSTM's forget gate, which starts open (bias 1: Jozefowicz et al. 2015)."""
-    bias.zero_()
-    if cell == "lstm":
-        bias.split(hidden_size)[1].fill_(forget_bias)  # torch's order: input, forget, cell, output

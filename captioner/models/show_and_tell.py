@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
 from captioner.models.decoder import Decoder, Memory, State, StepOutput
-from captioner.models.recurrent import RecurrentStack, states_per_layer
+from captioner.models.recurrent import RecurrentStack
+from captioner.models.recurrent_cells import states_per_layer
 
 
 class ShowAndTell(Decoder):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from captioner.config import DecoderConfig
 from captioner.models.attention import AdditiveAttention
 from captioner.models.decoder import Decoder, Memory, State, StepOutput
-from captioner.models.recurrent import CellStack, states_per_layer
+from captioner.models.recurrent_cells import CellStack, states_per_layer
 
 
 class ShowAttendTell(Decoder):

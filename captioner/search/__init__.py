@@ -5,7 +5,7 @@ selection <- sampling, beams <- decoding. No module here knows a model.
 """
 
 from captioner.search.constraints import Constraints
-from captioner.search.decoding import Hypothesis, decode
+from captioner.search.decoding import NO_PROBABILITIES, Hypothesis, decode
 from captioner.search.ensemble import ensemble_step
 
-__all__ = ["Constraints", "Hypothesis", "decode", "ensemble_step"]
+__all__ = ["NO_PROBABILITIES", "Constraints", "Hypothesis", "decode", "ensemble_step"]

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from captioner.config import SearchConfig
 from captioner.data.vocabulary import BOS, EOS, PAD
-from captioner.errors import SearchError
 from captioner.search.beams import Beams, Results, gather_beams
 from captioner.search.constraints import CompiledConstraints, Constraints
 from captioner.search.sampling import sample_next
@@ -34,6 +33,12 @@ StepFunction = Callable[[Tensor, Tensors, Tensors], tuple[Tensor, Tensors]]
 """Takes the last tokens of all hypotheses (B, K), their state (tensors of (B, K, …)) and the memory
 of their images (tensors of (B, …)); returns the logits of the next tokens (B, K, V) and the new
 state."""
+
+NO_PROBABILITIES = (
+    "the model gives NaN instead of probabilities; its weights are damaged or its numbers "
+    "overflow: try float32 precision or another checkpoint"
+)
+"""What to tell of an image without hypotheses."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,14 @@ class Hypothesis:
     token_ids: list[int]
     log_probability: float
     ended: bool
+
+    def score(self, length_penalty: float) -> float:
+        """Return what hypotheses are ranked by: log-probability / length ** ``length_penalty``.
+
+        The length counts the words, and EOS where it follows.
+        """
+        length = max(1, len(self.token_ids) + self.ended)
+        return self.log_probability / length**length_penalty
 
 
 @torch.inference_mode()
@@ -73,10 +86,8 @@ def decode(
 
     Returns:
         For each image its hypotheses, best first: at least one, at most ``n_best``. An image for
-        which no caption meets the constraints has one without words, of log-probability -inf.
-
-    Raises:
-        SearchError: The model gives NaN for some image.
+        which no caption meets the constraints has one without words, of log-probability -inf. An
+        image for which the model gives NaN has none; it changes nothing for the others.
     """
     images, device = len(state[0]), state[0].device
     keys = torch.arange(images, device=device) if image_keys is None else image_keys.to(device)
@@ -112,25 +123,20 @@ def _select(log_probs: Tensor, beams: Beams, settings: SearchConfig) -> Selectio
 
 
 def _to_hypotheses(results: Results) -> list[list[Hypothesis]]:
-    """Read the results from the device.
-
-    Raises:
-        SearchError: The model gave NaN.
-    """
-    damaged = int(results.log_probs.isnan().any(1).sum())
-    if damaged:
-        raise SearchError(
-            f"the model gives NaN instead of probabilities for {damaged} of "
-            f"{len(results.log_probs)} images; its weights are damaged or its numbers overflow: "
-            "try float32 precision or another checkpoint"
-        )
+    """Read the results from the device."""
     columns = (results.token_ids, results.log_probs, results.finished)
-    return [
-        [
-            Hypothesis([token for token in ids if token not in (PAD, EOS)], log_prob, ended)
-            for ids, log_prob, ended in zip(*captions, strict=True)
-            if log_prob != -math.inf
-        ]
-        or [Hypothesis([], -math.inf, False)]
-        for captions in zip(*(column.tolist() for column in columns), strict=True)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [_image_hypotheses(*captions) for captions in rows]
+
+
+def _image_hypotheses(
+    token_ids: list[list[int]], log_probs: list[float], finished: list[bool]
+) -> list[Hypothesis]:
+    if any(map(math.isnan, log_probs)):
+        return []
+    hypotheses = [
+        Hypothesis([token for token in ids if token not in (PAD, EOS)], log_prob, ended)
+        for ids, log_prob, ended in zip(token_ids, log_probs, finished, strict=True)
+        if log_prob != -math.inf
     ]
+    return hypotheses or [Hypothesis([], -math.inf, False)]

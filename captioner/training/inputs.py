@@ -12,12 +12,8 @@ from captioner.data.dataset import CaptionDataset
 from captioner.data.images import Preprocessing, in_batches, load_pixels
 from captioner.models.captioning_model import CaptioningModel
 from captioner.progress import Progress, log_line
-from captioner.training.feature_cache import (
-    Features,
-    cached_features,
-    default_cache_dir,
-    report_failures,
-)
+from captioner.training.feature_cache import Features, cached_features, report_failures
+from captioner.training.feature_store import default_cache_dir
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ def prepare_inputs(
             data.bad_images,
         )
         readable = [i for i, row in enumerate(features.rows) if row >= 0]
-        inputs: Inputs = CachedInputs(Features(features.store, features.rows[readable]))
+        inputs: Inputs = CachedInputs(features.select(readable))
         return dataset.select(readable), inputs
     preprocessing = model.encoder.preprocessing
     batches = in_batches(len(dataset), 32)

@@ -1,21 +1,24 @@
 """What a run needs to go on where it stopped, as if it had never been interrupted."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import pickle
-import shutil
+import os
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from captioner.checksums import CHECKSUMS_FILE, check_sha256, read_checksums, sha256_of
 from captioner.config import Config
 from captioner.data.dataset import CaptionDataset
 from captioner.errors import CheckpointError, ConfigError
 from captioner.experiment_file import parse
-from captioner.files import recover_directory
+from captioner.files import open_together, parse_json, recover_directory
+from captioner.models.weights import load_pickled
 from captioner.progress import log_line
 
 STATE_FILE = "training_state.pt"
@@ -31,6 +34,7 @@ FREE_TO_CHANGE = {
     "training.gradient_flow_every",
     "training.checkpoint_every",
     "training.patience",
+    "validation.batch_size",
 }
 
 
@@ -68,12 +72,19 @@ class Circumstances:
         train_sha256, val_sha256: Of image ids and captions of the splits.
         precision: In which the run really computes.
         device: Kind of the device ("cpu", "cuda", "mps").
+        files_sha256: Of the sizes of all image files. This and what follows is "" or 0 in the
+            state of a run that was started before it was recorded.
+        device_name, torch_version, threads: The hardware, and what computes on it.
     """
 
     train_sha256: str
     val_sha256: str
     precision: str
     device: str
+    files_sha256: str = ""
+    device_name: str = ""
+    torch_version: str = ""
+    threads: int = 0
 
     @classmethod
     def of_run(
@@ -84,18 +95,23 @@ class Circumstances:
         device: torch.device,
     ) -> "Circumstances":
         """Return those of a run that is about to start."""
+        sizes = [os.path.getsize(path) for path in (*train_set.paths, *val_set.paths)]
         return cls(
-            _sha256(train_set),
-            _sha256(val_set),
+            _sha256([train_set.image_ids, train_set.captions]),
+            _sha256([val_set.image_ids, val_set.captions]),
             str(precision).removeprefix("torch."),
             device.type,
+            _sha256(sizes),
+            name_of_device(device),
+            str(torch.__version__),
+            torch.get_num_threads(),
         )
 
     def check_same(self, saved: "Circumstances", output_dir: Path) -> None:
         """Refuse to go on where a result would differ; say so where only rounding may.
 
         Raises:
-            CheckpointError: Another split or another precision.
+            CheckpointError: Another split, other image files or another precision.
         """
         for split in ("train", "val"):
             if getattr(self, f"{split}_sha256") != getattr(saved, f"{split}_sha256"):
@@ -103,25 +119,61 @@ class Circumstances:
                     f"{output_dir}: the images or captions of the {split} split have changed since "
                     "this run was started, so it can't be resumed"
                 )
+        if saved.files_sha256 and self.files_sha256 != saved.files_sha256:
+            raise CheckpointError(
+                f"{output_dir}: image files have other sizes than when this run was started, so it "
+                "can't be resumed; bring the old files back, or start a new run"
+            )
         if self.precision != saved.precision:
             raise CheckpointError(
                 f"{output_dir}: this run was computed in {saved.precision}, and here it would be "
                 f"{self.precision}; it can be resumed where {saved.precision} is native"
             )
-        if self.device != saved.device:
+        changes = [
+            f"{what} {before} before and {now} now"
+            for what, before, now in (
+                ("device", saved.device_name or saved.device, self.device_name),
+                ("torch", saved.torch_version, self.torch_version),
+                ("CPU threads", saved.threads, self.threads),
+            )
+            if before and before not in (now, self.device)
+        ]
+        if changes:
             log_line(
-                f"warning: this run was computed on {saved.device} and goes on with {self.device}: "
-                "its weights will differ a little from those of an uninterrupted run"
+                f"warning: {output_dir}: {'; '.join(changes)}: the weights will differ a little "
+                "from those of an uninterrupted run"
             )
 
 
-def _sha256(dataset: CaptionDataset) -> str:
-    text = json.dumps([dataset.image_ids, dataset.captions])
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def name_of_device(device: torch.device) -> str:
+    """Return a GPU's name, or the kind of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
 
 
-def load_training_state(output_dir: Path, config: Config, resume: bool) -> dict[str, Any] | None:
+def _sha256(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def nothing_to_resume(output_dir: Path) -> CheckpointError:
+    """Return the error for a folder that holds no run."""
+    return CheckpointError(
+        f"{output_dir}: there is no run to resume (no last/{STATE_FILE}); is it the right "
+        "--output-dir? Without --resume a new run starts, with --resume-or-start one or the other"
+    )
+
+
+def load_training_state(
+    output_dir: Path, config: Config, resume: bool, or_start: bool = False
+) -> dict[str, Any] | None:
     """Read what a run needs to be resumed; None if it starts from the beginning.
+
+    Args:
+        output_dir: The run's folder.
+        config: The experiment, which must be that of the run.
+        resume: Whether the run is to be resumed.
+        or_start: Whether it is to start from the beginning where there is nothing to resume.
 
     Raises:
         ConfigError: A run is there, but it is not to be resumed.
@@ -129,8 +181,6 @@ def load_training_state(output_dir: Path, config: Config, resume: bool) -> dict[
     """
     for name in ("last", "best"):
         recover_directory(output_dir / name)
-        for half_written in output_dir.glob(f".{name}.*.tmp"):  # by a process that was killed
-            shutil.rmtree(half_written, ignore_errors=True)
     path = output_dir / "last" / STATE_FILE
     if not resume and ((output_dir / "last").exists() or (output_dir / "best").exists()):
         raise ConfigError(
@@ -140,22 +190,71 @@ def load_training_state(output_dir: Path, config: Config, resume: bool) -> dict[
     if not resume:
         return None
     if not path.exists():
-        log_line(f"nothing to resume in {output_dir}: starting from the beginning")
+        if not or_start or (output_dir / "last").exists() or (output_dir / "best").exists():
+            raise nothing_to_resume(output_dir)
         return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state_format = state.get("format", 1)
-        # Settings that are newer than the run take their defaults.
-        saved = parse(Config, json.loads(state["config"]), str(path)).to_dict()
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
-    if state_format != FORMAT:
-        raise CheckpointError(
-            f"{path}: written by another version of captioner (format {state_format}, {FORMAT} was "
-            "expected): finish the run with that version, or start a new one"
-        )
-    _check_same_settings(saved, config.to_dict(), output_dir)
+    state = _read_state(path)
+    # Settings that are newer than the run take their defaults.
+    saved = parse(Config, parse_json(state["config"], str(path), CheckpointError), str(path))
+    _check_same_settings(saved.to_dict(), config.to_dict(), output_dir)
     return state
+
+
+# What a state holds: see ``pack_state``.
+STATE_CONTENT = {
+    "config": str,
+    "train_state": dict,
+    "circumstances": dict,
+    "optimizer": dict,
+    "rng": torch.Tensor,
+    "rng_cuda": list,
+}
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return a state that holds what ``pack_state`` puts there.
+
+    Raises:
+        CheckpointError: It is damaged, something else, or of another version.
+    """
+    files = open_together(path.parent, [STATE_FILE], [CHECKSUMS_FILE], CheckpointError)
+    with contextlib.ExitStack() as opened:
+        for file in files.values():
+            opened.enter_context(file)
+        checksums = read_checksums(files.get(CHECKSUMS_FILE), path.parent)
+        check_sha256(sha256_of(files[STATE_FILE]), path, checksums)
+        files[STATE_FILE].seek(0)
+        try:
+            state = load_pickled(files[STATE_FILE])
+            _check_content(state, path)
+        except (ValueError, ConfigError) as error:
+            raise CheckpointError(
+                f"{path}: not a training state that can be resumed ({error}); copy the run again, "
+                "or start a new one in another --output-dir"
+            ) from None
+    return state
+
+
+def _check_content(state: Any, path: Path) -> None:
+    """Raise a ValueError or ConfigError unless a state holds what ``pack_state`` puts there."""
+    if not isinstance(state, dict):
+        raise ValueError(f"a dict was expected, found {type(state).__name__}")
+    state_format = state.get("format", 1)
+    if not isinstance(state_format, int) or state_format != FORMAT:
+        raise CheckpointError(
+            f"{path}: written by another version of captioner (format {state_format!s:.20}, "
+            f"{FORMAT} was expected): finish the run with that version, or start a new one"
+        )
+    for name, kind in STATE_CONTENT.items():
+        if not isinstance(state.get(name), kind):
+            found = type(state[name]).__name__ if name in state else "nothing"
+            raise ValueError(f"'{name}': {kind.__name__} was expected, found {found}")
+    parse(TrainState, state["train_state"], "train_state")
+    parse(Circumstances, state["circumstances"], "circumstances")
+    try:
+        torch.Generator().set_state(state["rng"])
+    except (RuntimeError, TypeError):
+        raise ValueError("'rng': not the state of a random generator") from None
 
 
 def _check_same_settings(saved: dict[str, Any], given: dict[str, Any], output_dir: Path) -> None:
@@ -191,9 +290,19 @@ def pack_state(
 def unpack_state(
     packed: dict[str, Any], optimizer: torch.optim.Optimizer, device: torch.device
 ) -> TrainState:
-    """Return the saved state, and set optimiser and random generators to where they were."""
+    """Return the saved state, and set optimiser and random generators to where they were.
+
+    Raises:
+        CheckpointError: The optimiser is that of another model.
+    """
     state = TrainState(**packed["train_state"])
-    optimizer.load_state_dict(packed["optimizer"])
+    try:
+        optimizer.load_state_dict(packed["optimizer"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"last/{STATE_FILE}: its optimiser isn't that of this model ({error}); start a new run "
+            "in another --output-dir"
+        ) from None
     torch.set_rng_state(packed["rng"])
     if device.type == "cuda" and len(packed["rng_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(packed["rng_cuda"])

@@ -4,7 +4,8 @@ A run's folder:
 
     best/, last/       checkpoints; ``last`` also holds what resuming needs
     log.jsonl          a line per log step, per epoch and per measurement of gradient flow
-    run.json           config, package versions, git commit, hardware, command
+    run.json           config, package versions, git commit, hardware, command; for a run that began
+                       with a checkpoint (training.init_from), its path and SHA-256
     split.json         image ids of train and val
     wandb/             what Weights & Biases keeps
 """
@@ -21,22 +22,32 @@ import torch
 
 from captioner.config import Config
 from captioner.data.dataset import CaptionDataset, check_no_overlap
-from captioner.data.vocabulary import Vocabulary
 from captioner.device import choose_device, choose_precision
 from captioner.errors import CheckpointError, ConfigError
 from captioner.files import locked, read_json, write_json
-from captioner.models.captioning_model import CaptioningModel, check_decoder_kind
-from captioner.models.checkpoint import load_checkpoint
-from captioner.models.encoder import make_encoder
-from captioner.progress import log_line
+from captioner.models.captioning_model import check_decoder_kind
+from captioner.training.initial_model import (
+    check_something_is_learnt,
+    make_model,
+    origin_record,
+)
 from captioner.training.inputs import prepare_inputs
-from captioner.training.resume import Circumstances, load_training_state
+from captioner.training.resume import (
+    Circumstances,
+    load_training_state,
+    name_of_device,
+    nothing_to_resume,
+)
+from captioner.training.stopping import StopSignals, memory_errors
+from captioner.training.tracking import choose_mode
 from captioner.training.trainer import Trainer
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nltk", "wandb", "pycocotools")
 
 
-def train(config: Config, output_dir: str | Path, resume: bool = False) -> dict[str, float]:
+def train(
+    config: Config, output_dir: str | Path, resume: bool = False, or_start: bool = False
+) -> dict[str, float]:
     """Train a captioner.
 
     Args:
@@ -44,38 +55,54 @@ def train(config: Config, output_dir: str | Path, resume: bool = False) -> dict[
         output_dir: Folder of the run.
         resume: Continue the run in ``output_dir``, from its last checkpoint; the result is that
             of a run that was never interrupted.
+        or_start: Where there is no run to resume, start one.
 
     Returns:
         The validation scores of the best checkpoint.
 
     Raises:
         CaptionerError: Anything that a user can mend; most before training starts.
+        TrainingStopped: By Ctrl-C or SIGTERM. What was trained is kept: see ``StopSignals``.
     """
     output_dir = Path(output_dir)
     check_decoder_kind(config.decoder.kind)
+    choose_mode(config.wandb)
+    if resume and not or_start and not output_dir.is_dir():
+        raise nothing_to_resume(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     busy = ConfigError(
         f"{output_dir}: another process is training in this folder; wait for it, or take another "
         "--output-dir"
     )
-    with locked(output_dir / ".lock", busy):
-        saved = load_training_state(output_dir, config, resume)
-        device = choose_device(config.training.device)
-        precision = choose_precision(config.training.precision, device)
-        torch.manual_seed(config.training.seed)
+    with StopSignals() as stop_signals, locked(output_dir / ".lock", busy):
+        saved = load_training_state(output_dir, config, resume, or_start)
+        return _train(config, output_dir, saved, stop_signals)
 
-        train_set, val_set = load_splits(config)
-        model = make_model(config, train_set, output_dir if saved else None).to(device)
+
+def _train(
+    config: Config, output_dir: Path, saved: dict[str, Any] | None, stop_signals: StopSignals
+) -> dict[str, float]:
+    """Train, alone in the run's folder; ``saved`` is what ``load_training_state`` gave."""
+    if not saved:
+        check_something_is_learnt(config)
+    device = choose_device(config.training.device)
+    precision = choose_precision(config.training.precision, device)
+    torch.manual_seed(config.training.seed)
+
+    train_set, val_set = load_splits(config)
+    model = make_model(config, train_set, output_dir if saved else None).to(device)
+    with memory_errors(lambda: f"encoding images with {config.encoder.name} on {device}"):
         train_set, train_inputs = prepare_inputs(model, train_set, config, device, precision)
         val_set, val_inputs = prepare_inputs(model, val_set, config, device, precision)
-        circumstances = Circumstances.of_run(train_set, val_set, precision, device)
-        if saved:
-            circumstances.check_same(Circumstances(**saved["circumstances"]), output_dir)
-        save_run_record(config, output_dir, device, precision, train_set, val_set)
+    circumstances = Circumstances.of_run(train_set, val_set, precision, device)
+    if saved:
+        circumstances.check_same(Circumstances(**saved["circumstances"]), output_dir)
+    save_run_record(config, output_dir, device, precision, train_set, val_set)
 
-        trainer = Trainer(config, output_dir, model, device, precision, circumstances, saved)
-        with trainer:
-            return trainer.fit(train_set, train_inputs, val_set, val_inputs)
+    trainer = Trainer(config, output_dir, model, device, precision, circumstances, saved)
+    with trainer:
+        stop_signals.deferred = True
+        return trainer.fit(train_set, train_inputs, val_set, val_inputs, stop_signals)
 
 
 def load_splits(config: Config) -> tuple[CaptionDataset, CaptionDataset]:
@@ -96,30 +123,6 @@ def load_splits(config: Config) -> tuple[CaptionDataset, CaptionDataset]:
     return train_set, val_set
 
 
-def make_model(config: Config, train_set: CaptionDataset, resumed: Path | None) -> CaptioningModel:
-    """Return a new model with the training captions' vocabulary, or that of a resumed run."""
-    captions = [caption for image_captions in train_set.captions for caption in image_captions]
-    vocabulary = Vocabulary.from_captions(captions, config.data.min_word_count)
-    if resumed:
-        model = load_checkpoint(resumed / "last")
-        if model.vocabulary.words != vocabulary.words:
-            raise CheckpointError(
-                f"{resumed}/last: its vocabulary isn't that of {train_set.name}; the training "
-                "captions have changed since, so this run can't be resumed"
-            )
-    else:
-        cnn = config.encoder
-        encoder = make_encoder(cnn.name, cnn.weights, config.preprocessing, cnn.last_stage)
-        model = CaptioningModel(encoder, config.decoder, vocabulary, config.search)
-    model.encoder.fine_tune_from(config.encoder.fine_tune_from)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log_line(
-        f"{len(train_set)} training images, {len(captions)} captions, {len(vocabulary)} words; "
-        f"{trained:,} parameters to train"
-    )
-    return model
-
-
 def save_run_record(
     config: Config,
     output_dir: Path,
@@ -130,20 +133,22 @@ def save_run_record(
 ) -> None:
     """Save what is needed to reproduce the run; a resumed run keeps a record of each session."""
     path = output_dir / "run.json"
-    sessions = read_json(path, CheckpointError)["sessions"] if path.exists() else []
+    record = read_json(path, CheckpointError) if path.exists() else {}
+    sessions = record.get("sessions", [])
+    init_from = record["init_from"] if "init_from" in record else origin_record(config)
     sessions.append(
         {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": sys.argv,
             "git": git_state(),
-            "device": _device_name(device),
+            "device": name_of_device(device),
             "threads": torch.get_num_threads(),
             "precision": str(precision).removeprefix("torch."),
             "python": platform.python_version(),
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
     )
-    write_json(path, {"config": config.to_dict(), "sessions": sessions})
+    write_json(path, {"config": config.to_dict(), "init_from": init_from, "sessions": sessions})
     write_json(
         output_dir / "split.json",
         {"train": train_set.image_ids, "val": val_set.image_ids},
@@ -164,9 +169,3 @@ def git_state() -> dict[str, Any] | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"commit": commit, "changed_files": status.splitlines()}
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()})"

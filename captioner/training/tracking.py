@@ -3,6 +3,7 @@
 import json
 import netrc
 import os
+import shlex
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,12 @@ import wandb
 from PIL import Image
 
 from captioner.config import WandbConfig
+from captioner.errors import ConfigError
 from captioner.progress import log_line
 
 WANDB_HOST = "https://api.wandb.ai"
+MODES = ("auto", "online", "offline", "disabled", "shared")
+LOG_IN = "log in with `wandb login` or WANDB_API_KEY, or set wandb.mode=offline"
 
 
 class JsonLog:
@@ -117,22 +121,39 @@ class Tracker:
             self._run.finish(exit_code=int(failed))
 
 
+def choose_mode(config: WandbConfig) -> str:
+    """Return how W&B is used: "online", "offline", "disabled" or "shared".
+
+    Raises:
+        ConfigError: Online, but nobody is logged in; or $WANDB_MODE is none of the modes.
+    """
+    mode = os.environ.get("WANDB_MODE") or config.mode
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # W&B's own names for them
+    if mode not in MODES:
+        raise ConfigError(f"WANDB_MODE={mode}: one of {', '.join(MODES)} was expected")
+    if mode == "auto":
+        return "online" if _logged_in(_host()) else "offline"
+    if mode == "online" and not _logged_in():
+        raise ConfigError(f"wandb.mode=online: {LOG_IN}")
+    return mode
+
+
 def _start(
     config: WandbConfig, experiment: Mapping[str, Any], output_dir: Path, run_id: str | None
 ) -> Any:
-    mode = os.environ.get("WANDB_MODE") or config.mode
-    if mode == "auto":
-        mode = "online" if _logged_in() else "offline"
+    mode = choose_mode(config)
     if mode == "disabled":
         return None
     try:
         run = _init(mode, config, experiment, output_dir, run_id)
+    except wandb.errors.UsageError as error:
+        raise ConfigError(f"wandb: {' '.join(str(error).split())}; {LOG_IN}") from None
     except wandb.errors.CommError as error:
         log_line(f"warning: W&B can't be reached ({str(error).splitlines()[0]}); going on offline")
         mode = "offline"
         run = _init(mode, config, experiment, output_dir, run_id)
     if mode == "offline":
-        log_line(f"W&B is offline; to show the run there: wandb sync {Path(run.dir).parent}")
+        log_line(f"W&B is offline; to show the run there: {sync_command(run.dir)}")
     else:
         log_line(f"W&B: {run.url}")
     return run
@@ -159,11 +180,21 @@ def _init(
     )
 
 
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
+def sync_command(run_files: str) -> str:
+    """Return the command that uploads an offline run, whose files are in ``run_files``."""
+    return shlex.join(["wandb", "sync", str(Path(run_files).parent)])
+
+
+def _host() -> str:
+    return urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", WANDB_HOST)).hostname or ""
+
+
+def _logged_in(host: str = "") -> bool:
+    """Tell whether there is a login for a host; for any one without ``host``."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", WANDB_HOST)).hostname or ""
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        logins = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
+    return logins.authenticators(host) is not None if host else bool(logins.hosts)

@@ -1,6 +1,7 @@
 """The training loop: batches, optimiser steps, validation, checkpoints."""
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from captioner.config import Config
 from captioner.data.annotations import ImageId
 from captioner.data.dataset import Batch, CaptionDataset, TrainingBatches, encode_captions
-from captioner.data.images import in_batches, load_thumbnail
+from captioner.data.image_files import load_thumbnail
+from captioner.data.images import in_batches
 from captioner.data.predictions import write_predictions
 from captioner.data.vocabulary import PAD
 from captioner.device import autocast
@@ -39,8 +41,10 @@ from captioner.training.resume import (
     unpack_state,
 )
 from captioner.training.schedule import learning_rate_factor, make_optimizer, set_learning_rates
+from captioner.training.stopping import StopSignals, memory_errors
 from captioner.training.tracking import JsonLog, Tracker, read_log
 
+PREDICTIONS_FILE = "val_predictions.json"
 VALIDATION_METRICS = ("BLEU", "ROUGE-L", "CIDEr-D")
 
 
@@ -91,13 +95,15 @@ class Trainer:
         train_inputs: Inputs,
         val_set: CaptionDataset,
         val_inputs: Inputs,
+        stop_signals: StopSignals,
     ) -> dict[str, float]:
         """Train all epochs that are left; return the scores of the best checkpoint.
 
         Raises:
-            TrainingError: The loss isn't finite.
+            TrainingError: The loss isn't finite, or memory runs out.
+            TrainingStopped: ``stop_signals`` has received one; ``last`` was written.
         """
-        training = self.config.training
+        training, self.stop_signals = self.config.training, stop_signals
         epochs = TrainingBatches(
             encode_captions(train_set, self.model.vocabulary),
             training.batch_size,
@@ -109,12 +115,13 @@ class Trainer:
         self.total_steps = steps_in_epoch * training.epochs
         samples = val_set.select(range(min(len(val_set), self.config.wandb.sample_images)))
         thumbnails = [load_thumbnail(path) for path in samples.paths]
+        if training.init_from and not self.state.best_scores:
+            self._keep_initial_scores(*self._validate(val_set, val_inputs))
         while self.state.epoch < training.epochs and not self._out_of_patience():
-            self._train_epoch(epochs.epoch(self.state.epoch), train_inputs)
-            started = time.monotonic()
-            captions = self.caption(val_set, val_inputs)
-            scores = compute_metrics(captions, val_set.references, VALIDATION_METRICS)
-            self._finish_epoch(scores, captions, time.monotonic() - started)
+            with memory_errors(self._memory_advice):
+                self._train_epoch(epochs.epoch(self.state.epoch), train_inputs)
+            scores, captions, seconds = self._validate(val_set, val_inputs)
+            self._finish_epoch(scores, captions, seconds)
             self.tracker.log_samples(
                 self.state.step,
                 self.state.epoch,
@@ -151,6 +158,7 @@ class Trainer:
                 if group and is_full:
                     self._optimise(group)
                     group = []
+                    self._stop_if_asked()
                 bar.update(1, f"loss {state.loss / max(1, state.tokens):.3f}")
 
     def _optimise(self, group: list[tuple[Tensor, Tensor]]) -> None:
@@ -158,8 +166,9 @@ class Trainer:
         training, state = self.config.training, self.state
         factor = learning_rate_factor(state.step, self.total_steps, training)
         rate = set_learning_rates(self.optimizer, factor)
-        loss, tokens = self._compute_gradients(group)
-        norm = float(nn.utils.clip_grad_norm_(self.trained, training.gradient_clip or math.inf))
+        total, tokens = self._compute_gradients(group)
+        norms = nn.utils.clip_grad_norm_(self.trained, training.gradient_clip or math.inf)
+        loss, norm = torch.stack([total, norms]).tolist()  # waits for the device, once a step
         self._check_finite(loss, norm, rate)
         if training.gradient_clip_value:
             nn.utils.clip_grad_value_(self.trained, training.gradient_clip_value)
@@ -176,7 +185,24 @@ class Trainer:
         if training.checkpoint_every and state.step % training.checkpoint_every == 0:
             self._save("last")
 
-    def _compute_gradients(self, group: list[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+    def _stop_if_asked(self) -> None:
+        """Between two steps, write ``last`` and end if a signal has come."""
+        if self.stop_signals.received:
+            self._save("last")
+            self.stop_signals.raise_if_received()
+
+    def _memory_advice(self) -> str:
+        training, last = self.config.training, self.output_dir / "last"
+        kept = f"; training.init_from={last} keeps what is learnt" if last.exists() else ""
+        return (
+            f"at step {self.state.step + 1} on {self.device} with training.batch_size="
+            f"{training.batch_size} images of training.captions_per_image="
+            f"{training.captions_per_image} captions; start again with a smaller "
+            "training.batch_size and training.accumulation_steps to make up for it, or fewer "
+            f"captions_per_image{kept}"
+        )
+
+    def _compute_gradients(self, group: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
         """Add up the gradients of some batches; return the loss a token, and the tokens."""
         training = self.config.training
         real = [token_ids[..., 1:] != PAD for _, token_ids in group]
@@ -188,7 +214,7 @@ class Trainer:
             with autocast(self.device, self.precision):
                 output = self.model.decoder.teacher_forcing(
                     self._features(x),
-                    token_ids.to(self.device, non_blocking=True),
+                    token_ids,
                     training.bptt_window,
                 )
                 loss = caption_loss(
@@ -200,7 +226,7 @@ class Trainer:
                 )
             loss.backward()
             total += loss.detach()
-        return float(total), tokens
+        return total, tokens
 
     def _features(self, x: Tensor) -> Tensor:
         """Return features (B, N, D) for cached features or for pixels (B, 3, S, S)."""
@@ -241,7 +267,7 @@ class Trainer:
         flow = measure_gradient_flow(
             self.model.decoder,
             features,
-            captions.to(self.device),
+            captions,
             self.config.training.bptt_window,
         )
         self.log.write(kind=LOG_KIND, step=self.state.step, epoch=self.state.epoch + 1, **flow)
@@ -255,6 +281,26 @@ class Trainer:
                 if back < len(layer)
             },
         )
+
+    def _validate(
+        self, val_set: CaptionDataset, val_inputs: Inputs
+    ) -> tuple[dict[str, float], dict[ImageId, str], float]:
+        """Return the scores of freely decoded captions, these captions, and the seconds it took.
+
+        Whatever ends it early, a resumed run begins it anew.
+        """
+        started = time.monotonic()
+        self._save("last")
+        size = self.config.validation.batch_size
+        with memory_errors(
+            lambda: (
+                f"in validation on {self.device} with validation.batch_size={size}; --resume "
+                "goes on here with a smaller one"
+            )
+        ):
+            captions = self.caption(val_set, val_inputs)
+        scores = compute_metrics(captions, val_set.references, VALIDATION_METRICS)
+        return scores, captions, time.monotonic() - started
 
     def caption(self, dataset: CaptionDataset, inputs: Inputs) -> dict[ImageId, str]:
         """Caption images by free-running search; one that can't be read any more gets ""."""
@@ -273,7 +319,23 @@ class Trainer:
                     best = self.model.best_captions(hypotheses)
                     captions |= zip((dataset.image_ids[i] for i in indices), best, strict=True)
                 bar.update(len(indices))
+                self.stop_signals.raise_if_received()
         return captions
+
+    def _keep_initial_scores(
+        self, scores: dict[str, float], captions: dict[ImageId, str], seconds: float
+    ) -> None:
+        """Keep the checkpoint that a run begins with as its best so far."""
+        state, metric = self.state, self.config.validation.metric
+        state.best_scores = scores
+        self.log.write(kind="start", step=0, epoch=0, validation_seconds=seconds, **scores)
+        self._save("best", captions)
+        self._save("last", captions)
+        self.tracker.log(0, {f"validation/{name}": score for name, score in scores.items()})
+        log_line(
+            f"{self.config.training.init_from} to begin with: validation {metric} "
+            f"{scores[metric]:.4f}"
+        )
 
     def _finish_epoch(
         self, scores: dict[str, float], captions: dict[ImageId, str], seconds: float
@@ -324,21 +386,29 @@ class Trainer:
             self.tracker.keep_checkpoint(self.output_dir / "best", aliases)
 
     def _save(self, name: str, captions: dict[ImageId, str] | None = None) -> None:
-        """Write ``best`` or ``last``; ``last`` with what resuming needs."""
+        """Write ``best`` or ``last``; ``last`` with what resuming needs.
+
+        Args:
+            name: "best" or "last".
+            captions: Of the validation that has just been; None keeps those of the one before.
+        """
         self.state.log_bytes = self.log.size
         scores: dict[str, float] = {"epoch": self.state.epoch, "step": self.state.step}
         if name == "best":
             scores |= self.state.best_scores
         with atomic_directory(self.output_dir / name) as aside:
-            save_checkpoint(self.model, aside, scores)
+            previous = self.output_dir / name / PREDICTIONS_FILE
             if captions is not None:
                 rows = [{"image_id": i, "caption": text} for i, text in captions.items()]
-                write_predictions(aside / "val_predictions.json", rows)
+                write_predictions(aside / PREDICTIONS_FILE, rows)
+            elif previous.exists():
+                shutil.copyfile(previous, aside / PREDICTIONS_FILE)
             if name == "last":
                 packed = pack_state(
                     self.state, self.circumstances, self.config, self.optimizer, self.device
                 )
                 torch.save(packed, aside / STATE_FILE)
+            save_checkpoint(self.model, aside, scores)  # last: its checksums are of all files
 
 
 class Meter:

@@ -1,6 +1,5 @@
 """``python -m experiments.recurrence``: run one study or all, and assemble the page."""
 
-import argparse
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from captioner.cli import HelpFormatter, command
+from captioner.cli import HelpFormatter, Parser, command
 from captioner.errors import CaptionerError
 from captioner.progress import log_line
 from experiments.recurrence import memory, sequences, unshuffle
@@ -99,7 +98,7 @@ ALONE = ("cost", "captioning")
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run studies; write results, pictures and the page."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m experiments.recurrence",
         description="Studies of recurrence: what RNN, GRU and LSTM can and cannot do.",
         formatter_class=HelpFormatter,

@@ -89,7 +89,7 @@ def _train(setting: Setting, cell: str, seed: int, folder: Path) -> None:
             "data.min_word_count=1",
         ]
         overrides += ["decoder.hidden_size=32", "decoder.embedding_size=32"]
-    train(experiment(setting, *overrides), folder, resume=folder.exists())
+    train(experiment(setting, *overrides), folder, resume=True, or_start=True)
 
 
 def _score(setting: Setting, folder: Path) -> Scores:

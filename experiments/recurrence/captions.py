@@ -14,7 +14,8 @@ from captioner.data.vocabulary import PAD, Vocabulary
 from captioner.device import choose_precision
 from captioner.experiment_file import load_config
 from captioner.models.encoder import make_encoder
-from captioner.training.feature_cache import cached_features, default_cache_dir
+from captioner.training.feature_cache import cached_features
+from captioner.training.feature_store import default_cache_dir
 from experiments.recurrence.study import HERE, Setting
 
 

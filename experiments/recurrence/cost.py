@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from captioner.metrics.report import new_figure
-from captioner.models.recurrent import CELLS, RecurrentStack
+from captioner.models.recurrent import RecurrentStack
+from captioner.models.recurrent_cells import CELLS
 from captioner.progress import progress_iter
 from experiments.recurrence.study import Record, Setting, draw_lines
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 from captioner.metrics.report import new_figure
-from captioner.models.recurrent import CELLS, INITIALISATIONS, RecurrentStack
+from captioner.models.recurrent import RecurrentStack
+from captioner.models.recurrent_cells import CELLS, INITIALISATIONS
 from captioner.progress import progress_iter
 from captioner.training.gradient_flow import gradient_norms
 from experiments.recurrence.study import (

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from captioner.data.vocabulary import BOS, EOS, PAD
-from captioner.models.recurrent import CELLS, RecurrentStack
+from captioner.models.recurrent import RecurrentStack
+from captioner.models.recurrent_cells import CELLS
 from experiments.recurrence.captions import load_captions, pad_rows, pooled_features
 from experiments.recurrence.study import LastStep, Record, Setting, batch_of, train_models
 

@@ -331,7 +331,9 @@ def run(name: str, study: Study, setting: Setting) -> None:
         failed = False
     finally:
         tracker.finish(failed)
-    log_line(f"{table(records, study.keys, study.values)}\n{name}: {seconds:.0f} s")
+    for line in table(records, study.keys, study.values).splitlines():
+        log_line(line)
+    log_line(f"{name}: {seconds:.0f} s")
 
 
 def write_page(studies: Mapping[str, Study], setting: Setting) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from captioner.data.vocabulary import BOS, PAD
-from captioner.models.recurrent import CELLS, RecurrentStack, states_per_layer
+from captioner.models.recurrent import RecurrentStack
+from captioner.models.recurrent_cells import CELLS, states_per_layer
 from experiments.recurrence.captions import load_captions, pad_rows
 from experiments.recurrence.study import Record, Setting, batch_of, train_models
 

@@ -190,6 +190,36 @@ def test_help_of_every_command_needs_no_torch(name):
     assert "None" not in done.stdout  # an option without a default shows none
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_usage_is_what_can_be_typed(name, monkeypatch, capsys):
+    """As ``captioner NAME`` and as ``python tools/….py``, in help and in errors."""
+    module = f"from captioner.commands.{name} import main"
+    ways = {"/usr/bin/captioner": f"captioner {name}"}
+    for tool in TOOLS:  # one at most: not every command is a file too
+        if module in (ROOT / "tools" / tool).read_text():
+            ways |= {f"tools/{tool}": f"python tools/{tool}", tool: f"python {tool}"}
+    for started, usage in ways.items():
+        monkeypatch.setattr(sys, "argv", [started])
+        for words in (["--help"], ["--no-such-option"]):
+            with pytest.raises(SystemExit):
+                main([name, *words])
+            shown = capsys.readouterr()
+            assert (shown.out or shown.err).startswith(f"usage: {usage} [-h]")
+
+
+def test_a_setting_with_dashes_gets_its_right_form(tmp_path, capsys):
+    for words, hint in (
+        (["--training.epochs=1"], "training.epochs=1"),
+        (["--training.epochs", "1"], "training.epochs=VALUE"),
+    ):
+        (tmp_path / "experiment.toml").write_text("")
+        argv = ["train", str(tmp_path / "experiment.toml"), *words, "--output-dir", "run"]
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.endswith(f"it is written without dashes: {hint}\n")
+        assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_of_every_tool(name, tmp_path):
     """From any working directory, as a file."""
@@ -207,8 +237,10 @@ def test_help_shows_defaults():
         "The defaults are the checkpoint's own settings. --beam-size BEAM_SIZE Hypotheses kept;",
         "cuda:N or mps (default: auto)",
         "computes in it (default: auto)",
+        "--no-repeat-word, --repeat-word No word directly follows itself. --repeat-word allows it.",
     ):
         assert line in shown
+    assert "--no-no-" not in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -43,6 +43,12 @@ def results(path, captions=GOOD):
     return path
 
 
+def n_best(path, captions):
+    lines = (json.dumps({"image_id": key, "captions": texts}) for key, texts in captions.items())
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
 def run(*arguments):
     return main([str(argument) for argument in arguments])
 
@@ -101,19 +107,51 @@ def test_two_files_are_compared(tmp_path, references, good, bad, capsys):
 
 
 def test_statistics(tmp_path, references, bad, capsys):
-    (tmp_path / "n.jsonl").write_text('{"image_id": 1, "captions": ["a cat", "a dog"]}\n')
+    n_best(tmp_path / "n.jsonl", {key: ["a cat", "a dog"] for key in (3, 2, 1)})
     run("--references", references, "--hypotheses", bad, "--statistics", "--training-captions",
         references, "--n-best", tmp_path / "n.jsonl", "--output", tmp_path / "s.json")  # fmt: skip
-    found = json.loads((tmp_path / "s.json").read_text())["statistics"]
-    assert found["bad.json"]["ends_in_function_word"] == pytest.approx(1 / 3)
-    assert found["bad.json"]["repeats_ngram"] == pytest.approx(1 / 3)
-    assert found["bad.json"]["novel"] == 1
-    assert found["references"]["novel"] == 0
-    assert "self_bleu-4" in found["n-best"]
-    (tmp_path / "n.jsonl").write_text('{"image_id": 1}\n')
+    statistics = json.loads((tmp_path / "s.json").read_text())["statistics"]
+    assert statistics["bad.json"]["ends_in_function_word"] == pytest.approx(1 / 3)
+    assert statistics["bad.json"]["repeats_ngram"] == pytest.approx(1 / 3)
+    assert statistics["bad.json"]["novel"] == 1
+    assert statistics["references"]["novel"] == 0
+    assert "self_bleu-4" in statistics["n-best"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"image_id": 1}'], "n.jsonl: line 1: an object with 'image_id' and 'captions', a list"),
+        (['{"image_id": 1, "captions": "a dog"}'], "line 1: an object with"),
+        (['{"image_id": 1, "captions": ["a", 3]}'], "line 1: an object with"),
+        (["", '{"captions": ["a"]}'], "line 2: an object with"),
+        (["[]"], "line 1: an object with"),
+        (["{"], "line 1: not valid JSON"),
+        (['{"image_id": 1, "captions": ["a"]}'] * 2, "line 2: image 1 comes twice"),
+        (['{"image_id": 8, "captions": ["a"]}'], "there is no image in common"),
+        (['{"image_id": "1", "captions": ["a"]}'], "differ only in type"),
+    ],
+)
+def test_an_n_best_file_that_is_none_is_refused(tmp_path, references, bad, capsys, lines, message):
+    (tmp_path / "n.jsonl").write_text("\n".join(lines))
     assert run("--references", references, "--hypotheses", bad, "--statistics",
                "--n-best", tmp_path / "n.jsonl") == 1  # fmt: skip
-    assert "n.jsonl: line 1" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_an_n_best_file_must_have_the_images_that_are_scored(tmp_path, references, bad, capsys):
+    n_best(tmp_path / "n.jsonl", {1: ["a b c d", "a b c d"], 2: ["e f g h"] * 2, 8: ["a"]})
+    common = ("--references", references, "--hypotheses", bad, "--statistics",
+              "--n-best", tmp_path / "n.jsonl", "--output", tmp_path / "s.json")  # fmt: skip
+    assert run(*common) == 1
+    refusal = capsys.readouterr().err
+    assert "n.jsonl: 1 of 3 images of the references have no caption (ids 3)" in refusal
+    assert "1 captions are of images that the references don't have (ids 8)" in refusal
+    assert "--allow-missing" in refusal
+    assert run(*common, "--allow-missing") == 0
+    assert "(ids 8)" in capsys.readouterr().err
+    statistics = json.loads((tmp_path / "s.json").read_text())["statistics"]
+    assert statistics["n-best"]["self_bleu-4"] == pytest.approx(1, abs=1e-6)
 
 
 def test_frequencies_are_saved_and_used(tmp_path, references, good):
@@ -123,7 +161,60 @@ def test_frequencies_are_saved_and_used(tmp_path, references, good):
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert a["CIDEr-D"] == b["CIDEr-D"] > 0
     assert a["signature"] != b["signature"]
-    assert "df-df.json" in b["signature"]
+    assert "df-references" in a["signature"]
+    assert re.search(r"CIDEr-D:sigma-6,df-sha256-[0-9a-f]{12}\|", b["signature"])
+
+
+def test_the_signature_names_what_frequencies_hold_and_not_their_file(tmp_path, references, good):
+    common = ("--references", references, "--hypotheses", good, "--metrics", "CIDEr-D")
+
+    def evaluate(counts, name="df.json"):
+        (tmp_path / name).write_text(json.dumps({"images": 9, "counts": counts}))
+        run(*common, "--frequencies", tmp_path / name, "--output", tmp_path / "s.json")
+        written = json.loads((tmp_path / "s.json").read_text())
+        return written["CIDEr-D"], written["signature"]
+
+    first = evaluate({"dog": 2, "the": 5})
+    other = evaluate({"dog": 9, "the": 5})
+    assert first[0] != other[0]
+    assert first[1] != other[1]
+    assert evaluate({"the": 5, "dog": 2}, "copy.json") == first
+
+
+def test_cider_is_told_from_what_the_official_tool_calls_so(references, good, capsys):
+    common = ("--references", references, "--hypotheses", good, "--metrics")
+    assert run(*common, "CIDEr") == 0
+    message = capsys.readouterr().err
+    assert "prints as 'CIDEr' is CIDEr-D" in message
+    assert message.count("\n") == 1
+    assert run(*common, "CIDEr-D") == 0
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--images", "."], "--images has no effect without --report"),
+        (["--link-images"], "--link-images has no effect without --images"),
+        (["--link-images", "--report", "p.html"], "--link-images has no effect without --images"),
+        (["--training-captions", "r.json"], "--training-captions has no effect without --stat"),
+        (["--n-best", "n.jsonl"], "--n-best has no effect without --statistics"),
+        (["--wandb-run", "x"], "--wandb-run has no effect without --wandb"),
+        (["--frequencies", "df.json"], "--frequencies has no effect without CIDEr-D or CIDEr"),
+        (["--plot", "p.gif"], "p.gif: a plot's name must end in .png, .svg or .pdf"),
+        (["--metrics", ", ,"], "no metric is named"),
+    ],
+)
+def test_options_without_effect_are_refused_at_once(options, message, capsys):
+    assert run("--references", "no.json", "--hypotheses", "no.json", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_images_folder_is_refused_at_once(tmp_path, capsys):
+    images = tmp_path / "none"
+    assert run("--references", "no.json", "--hypotheses", "no.json", "--report",
+               tmp_path / "p.html", "--images", images) == 1  # fmt: skip
+    assert f"--images: {images}: no such folder" in capsys.readouterr().err
 
 
 def test_a_missing_java_is_one_line_and_the_rest_comes(
@@ -136,7 +227,9 @@ def test_a_missing_java_is_one_line_and_the_rest_comes(
     assert captured.err.count("left out: ") == 2
     assert "BLEU-1" in captured.out
     assert "METEOR" not in captured.out
-    assert run(*common, "--metrics", "METEOR") == 1
+    files = ("--report", tmp_path / "p.html", "--plot", tmp_path / "p.png")
+    assert run(*common, "--metrics", "METEOR", *files) == 1
+    assert "error: no score could be computed" in capsys.readouterr().err
 
 
 def test_unknown_metric(references, good, capsys):
@@ -212,6 +305,7 @@ def test_allow_missing_scores_the_intersection_and_says_so(tmp_path, references,
     assert json.loads((tmp_path / "s.json").read_text())["images"] == 2
     message = capsys.readouterr().err
     assert "only the 2 images" in message
+    assert "(ids 3); 1 captions are" in message
     assert "1 empty captions" in message
 
 
@@ -222,16 +316,90 @@ def test_images_without_references_are_named(tmp_path, capsys):
     assert "1 images have no reference (ids 4)" in capsys.readouterr().err
 
 
-def test_ids_that_differ_only_in_type_are_explained(tmp_path, references, capsys):
-    given = results(tmp_path / "h.json", {str(key): text for key, text in GOOD.items()})
+@pytest.mark.parametrize("allow", [(), ("--allow-missing",)])
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ({9: "a"}, "ids 9); there is no image in common"),
+        ({str(key): "a" for key in REFERENCES}, "did you mean 1, as in the references, by '1'? 3 "
+         "such pairs differ only in type (a number on one side, text on the other); there is no"),
+        ({f"{key}.jpg": "a" for key in REFERENCES}, "3 of them are file names of the references, "
+         "whose ids are others ('1.jpg' has id 1): caption with --annotations"),
+        ({f"{key}.png": "a" for key in REFERENCES}, "did you mean 1, as in the references, by "
+         "'1.png'? 3 such pairs differ only in type (a number on one side, text on the other), "
+         "suffix"),
+        ({}, "(ids 1, 2, 3); there is no image in common"),
+    ],
+)  # fmt: skip
+def test_nothing_in_common_is_explained(tmp_path, references, capsys, allow, captions, message):
+    assert run("--references", references, "--hypotheses",
+               results(tmp_path / "h.json", captions), *allow) == 1  # fmt: skip
+    refusal = capsys.readouterr().err
+    assert message in refusal
+    assert "there is no image in common" in refusal
+    assert "--allow-missing" not in refusal
+
+
+def test_allow_missing_is_not_suggested_where_ids_are_misspelt(tmp_path, references, capsys):
+    given = results(tmp_path / "h.json", {1: "a", 2: "b", "3": "c"})
     assert run("--references", references, "--hypotheses", given) == 1
-    assert "differ only in type" in capsys.readouterr().err
+    refusal = capsys.readouterr().err
+    assert "did you mean 3, as in the references, by '3'? they differ only in type" in refusal
+    assert "--allow-missing" not in refusal
 
 
-def test_nothing_in_common(tmp_path, references, capsys):
-    given = results(tmp_path / "h.json", {9: "a"})
-    assert run("--references", references, "--hypotheses", given, "--allow-missing") == 1
-    assert "no image in common" in capsys.readouterr().err
+def test_a_file_without_captions_is_no_reference(tmp_path, capsys):
+    references = coco(tmp_path / "r.json", {key: [] for key in REFERENCES})
+    assert run("--references", references, "--hypotheses", results(tmp_path / "h.json")) == 1
+    assert "3 images have no reference (ids 1, 2, 3)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "kind"),
+    [("a.jpg", "A.JPG", "upper and lower case"), ("a.jpg", "a.png", "suffix"),
+     ("val/a.jpg", "a.jpg", "folder"), ("val/a.jpg", "val\\a.jpg", "slashes")],
+)  # fmt: skip
+def test_names_that_are_spelt_differently_are_explained(tmp_path, capsys, name, result, kind):
+    (tmp_path / "r.csv").write_text(f"image,caption\n{name},a dog\nb.jpg,a cat\n")
+    given = results(tmp_path / "h.json", {result: "a dog", "b.jpg": "a cat"})
+    assert run("--references", tmp_path / "r.csv", "--hypotheses", given) == 1
+    expected = f"did you mean {name!r}, as in the references, by {result!r}? they differ only in "
+    assert expected + kind in capsys.readouterr().err
+
+
+def test_references_of_several_splits_read_whole_say_so(tmp_path, good, capsys):
+    images = [
+        {"cocoid": key, "filename": f"{key}.jpg", "split": "test" if key < 3 else "train",
+         "sentences": [{"raw": text} for text in texts]} for key, texts in REFERENCES.items()
+    ]  # fmt: skip
+    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+    assert run("--references", tmp_path / "k.json", "--hypotheses", good) == 0
+    assert "the images of all splits are taken (test 2, train 1)" in capsys.readouterr().err
+    given = results(tmp_path / "test.json", {key: GOOD[key] for key in (1, 2)})
+    assert run("--references", tmp_path / "k.json", "--hypotheses", given) == 1
+    expected = "--split takes one of the references' splits (test 2, train 1)"
+    assert expected in capsys.readouterr().err
+    common = ("--references", tmp_path / "k.json", "--hypotheses", given, "--split", "test")
+    assert run(*common) == 0
+    assert not capsys.readouterr().err
+    assert run(*common, "--statistics", "--training-captions", tmp_path / "k.json") == 0
+    assert "the images of all splits are taken" in capsys.readouterr().err
+
+
+def test_result_files_may_have_any_name(tmp_path, references, capsys):
+    for folder in ("caf\udce9", "$x^2$"):
+        (tmp_path / folder).mkdir()
+        results(tmp_path / folder / f"_<b>{'n' * 200}.json")
+    outputs = ("--output", tmp_path / "s.json", "--per-image", tmp_path / "s.csv",
+               "--plot", tmp_path / "p.svg", "--report", tmp_path / "page.html")  # fmt: skip
+    given = (next(tmp_path.glob(f"{folder}*/*.json")) for folder in ("caf", "$x"))
+    assert run("--references", references, "--hypotheses", *given, *outputs) == 0
+    names = [f"caf\\udce9/_<b>{'n' * 200}.json", f"$x^2$/_<b>{'n' * 200}.json"]
+    assert capsys.readouterr().out.startswith(f"{names[0]}\n")
+    assert list(json.loads((tmp_path / "s.json").read_text())["scores"]) == names
+    with (tmp_path / "s.csv").open(newline="") as file:
+        assert {row["hypotheses"] for row in csv.DictReader(file)} == set(names)
+    assert "caf\\udce9/_&lt;b&gt;" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_result_files_of_one_name_are_told_apart(tmp_path, references):
@@ -273,7 +441,7 @@ def test_report_shows_images_and_escapes_text(tmp_path, references, good, bad):
     assert page.count("data:image/jpeg;base64,") == 1
     assert "&lt;b&gt;chess&lt;/b&gt; &amp; talk." in page
     assert "<b>" not in page
-    assert "3.jpg isn't in" in page
+    assert "3.jpg is not in" in page
     assert page.index("Best by CIDEr-D") < page.index("Worst by CIDEr-D")
     assert all(page.count(f"<small>{key}</small>") == 1 for key in GOOD)
     assert "<small>p = " not in page

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from captioner.data.annotations import read_annotations
+from captioner.data.annotations import image_path, read_annotations
 from captioner.errors import DataError
 from captioner.files import read_json
 
@@ -161,6 +161,18 @@ def test_malformed_coco_entries_are_named(write, entries, expected):
     assert expected in refusal(write(changed(COCO, **entries)))
 
 
+@pytest.mark.parametrize("file_name", [["a.jpg"], 7, {"a": 1}])
+def test_a_coco_file_name_must_be_text(write, file_name):
+    message = refusal(write(changed(COCO, images=[{"id": 9, "file_name": file_name}])))
+    assert message == f"images[0] (id 9): 'file_name' must be text or null, found {file_name!r}"
+
+
+def test_what_a_message_shows_of_an_entry_is_short(write):
+    images = [{"id": 9, "file_name": ["x" * 100_000] * 100}]
+    assert len(refusal(write(changed(COCO, images=images)))) < 300
+    assert len(refusal(write(changed(COCO, images=["x" * 100_000])))) < 300
+
+
 def test_coco_has_no_splits(write):
     assert "split 'train' was asked for" in refusal(write(COCO), "train")
 
@@ -175,7 +187,8 @@ def test_coco_has_no_splits(write):
         ("", "not valid JSON at line 1, column 1"),
         ("[" * 100_000, "not usable JSON"),
         ('{"images": [{"id": ' + "1" * 5000 + "}]}", "not usable JSON"),
-        (b'{"images": "\xff"}', "not UTF-8 text (byte 12)"),
+        (b'{"images": "\xff"}', "not UTF-8 text (byte 12); it looks like Latin-1"),
+        ('{"images": []}'.encode("utf-16"), "not UTF-8 text but UTF-16"),
         ("[1, 2]", "neither COCO captions"),
         ('{"a": 1, "b": 2}', "found a, b"),
         ("null", "found NoneType"),
@@ -221,6 +234,28 @@ def test_an_unknown_split_is_refused_with_the_nearest_and_all(write):
     message = refusal(write(KARPATHY), "train+restva")
     assert "no image has split 'restva'; did you mean 'restval'?" in message
     assert "(there are restval, test, train)" in message
+
+
+@pytest.mark.parametrize("name", ["restval", "test", "trainval"])
+def test_a_split_that_is_missing_is_no_mistyped_other_one(write, name):
+    content = changed(KARPATHY)
+    for image, split in zip(content["images"], ["train", "val", "val"], strict=True):
+        image["split"] = split
+    expected = f"no image has split '{name}' (there are train, val)"
+    assert refusal(write(content), f"train+{name}") == expected
+
+
+def test_a_file_of_several_splits_read_whole_says_so(write):
+    path = write(KARPATHY)
+    note = f"{path}: no split was chosen, so the images of all splits are taken "
+    assert read_annotations(path).notes == [note + "(train 1, restval 1, test 1)"]
+    assert read_annotations(path, "train").notes == []
+    listing = write("b.jpg", "list.txt")
+    assert read_annotations(path, str(listing)).notes == []
+    csv = write("image,split,caption\na.jpg,train,A\na.jpg,train,B\nb.jpg,val,C\n", "c.csv")
+    assert read_annotations(csv).notes[0].endswith("all splits are taken (train 1, val 1)")
+    one = write("image,split,caption\na.jpg,train,A\nb.jpg,train,C\n", "one.csv")
+    assert read_annotations(one).notes == []
 
 
 @pytest.mark.parametrize(
@@ -364,6 +399,57 @@ def test_a_list_with_unknown_images_is_refused(write):
         read_annotations(path, str(listing))
     expected = f"{listing}: 2 listed images are not in {path} (no.jpg, none.jpg)"
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("listed", "name", "kind"),
+    [
+        ("Two.JPG", "two.jpg", "upper and lower case"),
+        ("two.png", "two.jpg", "suffix"),
+        ("images/two.jpg", "two.jpg", "folder"),
+        ("two.jpg", "val2014/two.jpg", "folder"),
+        ("val2014\\two.jpg", "val2014/two.jpg", "slashes"),
+        ("cafe\u0301.jpg", "caf\u00e9.jpg", "Unicode form"),
+        ("000042.jpg", "42.jpg", "leading zeros"),
+        ("COCO_val2014_42.jpg", "42.jpg", "COCO's prefix"),
+        ("A/TWO.png", "two.jpg", "folder, upper and lower case, suffix"),
+    ],
+)
+def test_a_listed_name_that_is_spelt_differently_is_explained(write, listed, name, kind):
+    content = {"images": [{"id": 1, "file_name": name}, {"id": 2, "file_name": "x.jpg"}]}
+    path, listing = write(content), write(f"{listed}\nother.jpg\n", "val.txt")
+    with pytest.raises(DataError) as caught:
+        read_annotations(path, str(listing))
+    assert str(caught.value).endswith(
+        f"; did you mean {name!r}, as in {path}, by {listed!r}? they differ only in {kind}"
+    )
+
+
+def test_a_name_that_may_mean_two_is_not_explained(write):
+    path = write({"images": [{"id": n, "file_name": f"{n}/two.jpg"} for n in (1, 2)]})
+    with pytest.raises(DataError, match=r"1 listed images are not in .*\(two.jpg\)$"):
+        read_annotations(path, str(write("two.jpg", "val.txt")))
+
+
+def test_captions_whose_ids_have_another_type_are_explained(write):
+    annotations = [{"id": 1, "image_id": "9", "caption": "x"}]
+    message = refusal(write(changed(COCO, annotations=annotations)))
+    assert message.endswith(
+        "(9); did you mean 9, as in 'images', by '9'? they differ only in type (a number on one "
+        "side, text on the other)"
+    )
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "a/../../b.jpg", "/etc/passwd", ".."])
+@pytest.mark.parametrize("folder", ["images", ".", "..", "/data"])
+def test_names_that_reach_outside_the_folder_are_refused(folder, name):
+    with pytest.raises(DataError, match="reaches outside the folder"):
+        image_path(folder, name)
+
+
+def test_names_in_the_folder_are_found():
+    assert image_path("images", "val/a.jpg") == Path("images/val/a.jpg")
+    assert image_path("..", "val/../..a.jpg") == Path("../..a.jpg")
 
 
 # --- real files -----------------------------------------------------------------------------

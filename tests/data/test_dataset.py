@@ -106,6 +106,33 @@ def test_what_is_left_out_is_reported(folder, capsys):
     assert "2 captions without a word" in told
 
 
+def test_repeated_captions_of_an_image_are_counted_and_kept(folder, capsys):
+    rows = [(1, "1.jpg", ["a dog", "A dog.", "a cat"]), (2, "2.jpg", ["a dog", "a bird"])]
+    write_split(folder, "train", rows)
+    assert load(folder).captions[0] == ["a dog", "A dog.", "a cat"]
+    assert "1 of 5 captions repeat another of the same image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("unspaced", "spaced"),
+    [
+        ("一只棕色的狗在草地上奔跑", "一只 棕色 的 狗 在 草地 上 奔跑"),
+        ("犬が芝生の上を走っている", "犬 が 芝生 の 上 を 走っ て いる"),
+        ("สุนัขสีน้ำตาลวิ่งบนหญ้า", "สุนัข สีน้ำตาล วิ่ง บน หญ้า"),
+    ],
+    ids=["Chinese", "Japanese", "Thai"],
+)
+def test_captions_without_spaces_between_words_are_warned_of(folder, capsys, unspaced, spaced):
+    rows = [(1, "1.jpg", [unspaced, spaced]), (2, "2.jpg", ["internationalisation über alles"])]
+    write_split(folder, "train", rows)
+    load(folder)
+    message = "1 of 3 captions are in a script without spaces between words (Chinese, Japanese"
+    assert message in capsys.readouterr().err
+    write_split(folder, "train", [(1, "1.jpg", [spaced]), rows[1]])
+    load(folder)
+    assert "script" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("captions", [[], [" "], ["..."]])
 def test_nothing_left_is_an_error(folder, captions):
     write_split(folder, "train", [(1, "1.jpg", captions)])

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import time
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 import torchvision
 from PIL import Image, ImageOps
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from captioner.data.images import Preprocessing, in_batches, load_image, load_pixels, to_rgb
+from captioner.data.image_files import load_image, to_rgb
+from captioner.data.images import PixelBatch, Preprocessing, in_batches, load_pixels
 from captioner.errors import ImageError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -389,6 +392,24 @@ def test_a_large_jpeg_is_scaled_while_it_is_decoded(tmp_path):
         assert torch.equal(small, preprocessing(load_image(tmp_path / "small.jpg")))
         image.save(tmp_path / "large.png")
         assert torch.equal(preprocessing.load(tmp_path / "large.png"), preprocessing(image))
+
+
+def test_batches_are_pinned_by_their_own_method():
+    """What a ``DataLoader`` does with a batch, where a GPU is there for it."""
+    pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    batch = PixelBatch([4, 5], pixels, [(6, "a.jpg: no such file")])
+    if torch.accelerator.is_available():
+        pinned = pin_memory(batch)
+        assert isinstance(pinned, PixelBatch)
+        assert pinned.pixels.is_pinned()
+        assert (pinned.indices, pinned.failures) == (batch.indices, batch.failures)
+        assert torch.equal(pinned.pixels, pixels)
+        return
+    with pytest.raises(RuntimeError) as expected:
+        pixels.pin_memory()
+    with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):  # so it was asked for
+        pin_memory(batch)
+    assert pin_memory(batch.failures) == batch.failures
 
 
 def test_loading_leaves_the_random_numbers_alone(folder):

@@ -1,9 +1,11 @@
+import csv
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from captioner.data.annotations import read_annotations
 from captioner.data.predictions import read_predictions, write_predictions
 from captioner.errors import DataError, UsageError
 
@@ -91,6 +93,18 @@ def test_malformed_files_are_refused_with_the_place(tmp_path, name, content, mes
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def test_captions_of_any_length_are_read(tmp_path):
+    """Beyond the 131,072 characters that csv takes of itself."""
+    text = "a dog " * 50_000
+    write_predictions(tmp_path / "long.csv", [{"image_id": "a.jpg", "caption": text}])
+    csv.field_size_limit(131_072)
+    assert read_predictions(tmp_path / "long.csv") == {"a.jpg": text}
+    (tmp_path / "captions.csv").write_text(f"image,caption\na.jpg,{text}\n")
+    csv.field_size_limit(131_072)
+    (image,) = read_annotations(tmp_path / "captions.csv").images
+    assert image.captions == [text.strip()]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])

@@ -1,5 +1,6 @@
 """Captioner: whatever form images come in, the same captions come out."""
 
+import io
 import random
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captioner.errors import CheckpointError, ConfigError, ImageError
+from captioner.errors import CheckpointError, ConfigError, ImageError, SearchError
 from captioner.inference.captioner import Captioner
 
 CPU = torch.device("cpu")
@@ -22,18 +23,43 @@ def test_every_form_of_an_image_gives_the_same_caption(captioner, drawn):
     for name, caption in drawn.captions.items():
         path = drawn.images / name
         pixels = tensor(path)
-        forms = [
-            path,
-            str(path),
-            Image.open(path),
-            Image.open(path).convert("RGBA"),
-            Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE),
-            pixels,
-            pixels / 255,
-            (pixels / 255).double(),
-        ]
-        assert [captioner.caption(form) for form in forms] == [caption] * len(forms)
-        assert captioner.caption(forms) == [caption] * len(forms)
+        with Image.open(path) as image:
+            forms = [
+                path,
+                str(path),
+                image,  # not decoded yet
+                Image.open(path).convert("RGBA"),
+                Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE),
+                pixels,
+                pixels / 255,
+                (pixels / 255).double(),
+            ]
+            assert [captioner.caption(form) for form in forms] == [caption] * len(forms)
+            assert captioner.caption(forms) == [caption] * len(forms)
+
+
+def test_arrays_bytes_and_open_files_are_images(captioner, drawn):
+    for path in drawn.paths:
+        image = Image.open(path)
+        opaque = np.array(image.convert("RGBA"))
+        with open(path, "rb") as file:
+            forms = [
+                *(np.array(image), opaque, np.asfortranarray(np.array(image))),
+                *(path.read_bytes(), bytearray(path.read_bytes()), io.BytesIO(path.read_bytes())),
+                file,
+            ]
+            assert [captioner.caption(form) for form in forms] == [drawn.captions[path.name]] * 7
+            assert captioner.caption(forms) == [drawn.captions[path.name]] * 7
+    grey = image.convert("L")
+    expected = captioner.describe(grey)[0]
+    assert captioner.describe(np.array(grey))[0] == expected
+    assert captioner.describe(np.array(grey)[..., None])[0] == expected
+    clear = opaque.copy()
+    clear[..., 3] = 0  # transparency is white, as in a file
+    assert captioner.describe(clear)[0] == captioner.describe(np.full_like(opaque, 255))[0]
+    pair = np.stack([np.array(image)] * 2)
+    assert captioner.caption(pair) == [drawn.captions[path.name]] * 2
+    assert captioner.caption(np.array([str(path)])) == [drawn.captions[path.name]]
 
 
 def test_float_and_uint8_tensors_are_the_same_pixels(captioner, drawn, monkeypatch):
@@ -62,6 +88,33 @@ def test_one_gives_text_and_many_give_a_list(captioner, drawn):
     assert captioner.caption(torch.stack(square)) == [expected[0]] * 3
     assert captioner.caption(torch.stack(square)[:1] / 255) == expected[:1]
     assert captioner.caption(torch.empty(0, 3, 8, 8)) == []
+    one, several = captioner.describe(paths[0]), captioner.describe(paths)
+    assert [caption.text for caption in one] == expected[:1]
+    assert [[caption.text for caption in best] for best in several] == [[e] for e in expected]
+    assert captioner.describe([paths[0]])[0][0].text == expected[0]
+
+
+def test_scores_are_what_captions_are_ranked_by(captioner, drawn):
+    for settings in (
+        {"n_best": 3, "beam_size": 5},
+        {"n_best": 3, "beam_size": 5, "length_penalty": 2.0},
+        {"n_best": 4, "samples": 4, "temperature": 8.0, "top_k": 5},
+    ):
+        penalty = captioner.search(**settings).length_penalty
+        for captions in captioner.describe(drawn.paths, **settings):
+            scores = [caption.score for caption in captions]
+            assert scores == sorted(scores, reverse=True)
+            for caption in captions:
+                length = len(caption.text.split()) + 1
+                expected = caption.log_probability / length**penalty
+                assert caption.score == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("settings", [{"n_best": 2}, {"samples": 3}, {"samples": 2, "n_best": 2}])
+def test_several_captions_are_asked_of_describe(captioner, drawn, settings):
+    with pytest.raises(ConfigError, match=r"caption gives one caption of an image; describe"):
+        captioner.caption(drawn.paths[0], **settings)
+    assert isinstance(captioner.caption(drawn.paths[0], n_best=1, samples=1, seed=3), str)
 
 
 @pytest.mark.parametrize("beam_size", [1, 4])
@@ -128,6 +181,16 @@ def test_impossible_settings_are_refused(captioner, drawn, settings, expected):
         (torch.full((3, 8, 8), 200), "found torch.int64"),
         (torch.zeros(8, 8, 3), r"\(3, H, W\) was expected, found \(8, 8, 3\)"),
         (torch.zeros(2, 4, 8, 8), r"\(3, H, W\) was expected, found \(4, 8, 8\)"),
+        (torch.zeros(3, 0, 8), r"\(3, H, W\) was expected, found \(3, 0, 8\)"),
+        (torch.zeros(8, 8), r"\(3, H, W\) was expected, found \(8, 8\)"),
+        (np.zeros((3, 8, 9), np.uint8), r"array \(H, W, 3\), .* found \(3, 8, 9\)"),
+        (np.zeros((8, 8, 3)), "pixels as uint8, found float64"),
+        (np.zeros((0, 8, 3), np.uint8), r"found uint8 of shape \(0, 8, 3\)"),
+        (b"GIF", r"not a readable image \(no known format\)"),
+        (io.BytesIO(b"\xff\xd8\xff"), "not a readable image"),
+        (io.StringIO("text"), "not a readable image"),
+        (None, "expected, found NoneType"),
+        (7, "expected, found int"),
     ],
 )
 def test_what_is_no_image_is_refused(captioner, drawn, image, expected):
@@ -135,6 +198,30 @@ def test_what_is_no_image_is_refused(captioner, drawn, image, expected):
         captioner.caption(image)
     with pytest.raises(ImageError, match=expected):
         captioner.caption([drawn.paths[0], *(image if getattr(image, "ndim", 3) == 4 else [image])])
+
+
+def test_an_image_that_gives_nan_is_named(overflowing_model, tiny_model, drawn, tmp_path):
+    black = tmp_path / "black.png"
+    Image.new("RGB", (64, 64)).save(black)
+    expected = list(drawn.captions.values())
+    for models in (overflowing_model, [tiny_model, overflowing_model]):
+        captioner = Captioner(models, "cpu", "float32")
+        assert captioner.caption(drawn.paths) == expected
+        for images, name in (
+            (black, str(black)),
+            (Image.new("RGB", (9, 9)), "the image"),
+            ([*drawn.paths[:2], black, drawn.paths[2]], str(black)),
+            ([*drawn.paths[:2], Image.new("RGB", (9, 9))], "images[2]"),
+        ):
+            with pytest.raises(SearchError, match="gives NaN instead of probabilities") as caught:
+                captioner.caption(images)
+            assert str(caught.value).startswith(f"{name}: ")
+    captioner = Captioner(overflowing_model, "cpu", "float32")
+    pixels = torch.zeros(1, 3, 48, 48, dtype=torch.uint8)
+    assert captioner.captions(pixels, captioner.search(), attention=True) == [[]]
+    hypotheses = captioner.hypotheses(captioner.features(pixels), captioner.search())
+    with pytest.raises(SearchError, match="1 of 1 images: the model gives NaN"):  # validation
+        captioner.model.best_captions(hypotheses)
 
 
 def test_captioning_leaves_the_model_as_it_was(tiny_model, captioner, drawn):

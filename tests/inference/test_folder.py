@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 from conftest import draw
+from PIL import Image
 from run_commands import run_caption
 
-from captioner.commands import evaluate
+from captioner.commands import caption, evaluate
 from captioner.data.predictions import read_predictions
 from captioner.inference.folder import caption_files, find_images
+from captioner.models.checkpoint import save_checkpoint
 
 ODD_NAMES = {
     "été/cliché déjà vu.png": ("red", "disc"),
@@ -90,31 +92,183 @@ def test_unreadable_files_are_named_and_the_rest_is_there(checkpoint, drawn, tmp
     for name in ("cut.png", "empty.jpg", "text.jpeg", "loop.png", "gone.png"):
         assert errors.count(f"warning: {folder / name}: ") == 1
     last = errors.splitlines()[-1]
-    assert last.startswith("5 of 13 images could not be read: cut.png, ")
+    assert last.startswith("5 of 13 images could not be captioned: cut.png, ")
 
 
-def test_a_folder_of_bad_images_alone(checkpoint, tmp_path):
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.jpg").write_bytes(b"\xff\xd8\xff")
-    assert run_caption(checkpoint, tmp_path / "bad", tmp_path / "captions.csv") == 3
-    assert read_predictions(tmp_path / "captions.csv") == {}
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_an_image_that_gives_nan_is_one_failed_image(
+    overflowing_model, checkpoint, drawn, tmp_path, capsys, ensemble
+):
+    folder, output, without = (tmp_path / name for name in ("mixed", "mixed.jsonl", "good.jsonl"))
+    shutil.copytree(drawn.images, folder)
+    Image.new("RGB", (64, 64)).save(folder / "03 black.png")
+    (tmp_path / "overflowing").mkdir()
+    save_checkpoint(overflowing_model, tmp_path / "overflowing", {})
+    options = ["--ensemble", checkpoint] if ensemble else []
+    options += ["--n-best", 3, "--precision", "float32"]
+    assert run_caption(tmp_path / "overflowing", drawn.images, without, *options) == 0
+    assert run_caption(tmp_path / "overflowing", folder, output, *options) == 3
+    found, expected = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (output, without)
+    )
+    assert read_predictions(output) == drawn.captions
+    for row, other in zip(found, expected, strict=True):
+        for name in ("log_probabilities", "scores"):  # rounding depends on the batch
+            assert row.pop(name) == pytest.approx(other.pop(name), abs=1e-4)
+        assert row == other
+    warning, last = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {folder / '03 black.png'}: the model gives NaN")
+    assert last == "1 of 9 images could not be captioned: 03 black.png"
 
 
-@pytest.mark.parametrize("case", ["no folder", "a file", "empty", "no image"])
+@pytest.mark.parametrize("output", ["captions.csv", "captions.json"])
+def test_where_no_image_can_be_captioned_earlier_results_stay(checkpoint, tmp_path, capsys, output):
+    folder, output = tmp_path / "bad", tmp_path / output
+    folder.mkdir()
+    for name in ("a.jpg", "b.png"):
+        (folder / name).write_bytes(b"\xff\xd8\xff")
+    assert run_caption(checkpoint, folder, output) == 1
+    assert not output.exists()
+    output.write_text("earlier")
+    capsys.readouterr()
+    assert run_caption(checkpoint, folder, output) == 1
+    assert output.read_text() == "earlier"
+    shown = capsys.readouterr()
+    assert [line.partition(": ")[0] for line in shown.err.splitlines()] == [
+        *("warning", "warning", "error")
+    ]
+    assert shown.err.endswith(
+        f"error: none of 2 images could be captioned; {output} is not written\n"
+    )
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("case", ["no folder", "empty", "no image"])
 def test_nothing_to_caption_is_an_error(checkpoint, tmp_path, capsys, case):
     folder, output = tmp_path / "folder", tmp_path / "captions.json"
-    if case == "a file":
-        folder.write_text("")
-    elif case != "no folder":
+    if case != "no folder":
         folder.mkdir()
     if case == "no image":
         (folder / "a.txt").write_text("")
         (folder / ".b.png").write_text("")
     assert run_caption(checkpoint, folder, output) == 1
-    error = capsys.readouterr().err
+    *warnings, error = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {folder}: no ")
-    assert error.count("\n") == 1
+    assert len(warnings) == (case != "no folder")
     assert not output.exists()
+
+
+# --- files, several inputs, no output ---------------------------------------------------------
+
+
+def caption_lines(capsys, *words: object) -> list[str]:
+    assert caption.main([str(word) for word in (*words, "--device", "cpu", "--workers", 0)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_one_image_is_captioned_on_the_terminal(checkpoint, drawn, tmp_path, capsys):
+    path = drawn.paths[2]
+    text = drawn.captions[path.name]
+    assert caption_lines(capsys, checkpoint, path) == [f"{path}\t{text}"]
+    unusual = tmp_path / "a name without a suffix"  # asked for by name: the suffix doesn't matter
+    shutil.copy(path, unusual)
+    assert caption_lines(capsys, checkpoint, unusual) == [f"{unusual}\t{text}"]
+
+
+def test_files_and_folders_are_captioned_together(checkpoint, drawn, tmp_path, capsys, monkeypatch):
+    """Ids are the paths as they were given: the same names in two folders don't collide."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one", "two/deep"):
+        shutil.copytree(drawn.images, folder)
+    names = list(drawn.captions)
+    texts = list(drawn.captions.values())
+    single = f"one/{names[3]}"
+    ids = [single, *(f"two/deep/{n}" for n in names), *(f"one/{n}" for n in names if n != names[3])]
+    words = [single, "two", "./one", single]
+    options = ["--output", "c.json", "--beam-size", 3]
+    assert caption_lines(capsys, checkpoint, *words, *options) == ["16 captions in c.json"]
+    found = read_predictions("c.json")
+    assert list(found) == ids
+    assert found == {image_id: drawn.captions[Path(image_id).name] for image_id in ids}
+    # Options may stand between them; of a single folder, ids are the paths below it.
+    expected = [f"deep/{name}\t{text}" for name, text in zip(names, texts, strict=True)]
+    assert caption_lines(capsys, checkpoint, "--beam-size", 3, "two") == expected
+    expected = [f"{name}\t{text}" for name, text in zip(names, texts, strict=True)]
+    monkeypatch.chdir("one")
+    assert caption_lines(capsys, checkpoint, ".", names[0]) == expected
+
+
+def test_each_input_must_be_there(tmp_path, drawn, capsys):
+    """Before the checkpoint is looked for."""
+    words = [tmp_path / "none", *drawn.paths[:2], tmp_path / "gone.jpg"]
+    assert caption.main([str(word) for word in words]) == 1
+    expected = f"error: {tmp_path / 'gone.jpg'}: no such file or folder\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_run_stands_for_its_best_checkpoint(checkpoint, drawn, tmp_path, capsys):
+    best = tmp_path / "run" / "best"
+    checkpoint.rename(best.parent.mkdir() or best)
+    words = [best.parent, drawn.paths[0], "--ensemble", best.parent, "--device", "cpu"]
+    assert caption.main([str(word) for word in words]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{drawn.paths[0]}\t{drawn.captions[drawn.paths[0].name]}\n"
+    line = f"{best.parent} is the folder of a run: its best checkpoint is used, {best}\n"
+    assert shown.err == 2 * line
+    shutil.rmtree(best)
+    (best.parent / "run.json").write_text("{}")
+    assert caption.main([str(word) for word in words]) == 1
+    assert capsys.readouterr().err == f"{line}error: {best}: no such checkpoint directory\n"
+
+
+def test_several_captions_of_an_image_are_printed_with_their_scores(
+    checkpoint, captioner, drawn, capsys
+):
+    options = ["--n-best", 3, "--precision", "float32"]
+    lines = caption_lines(capsys, checkpoint, drawn.paths[0], *options)
+    captions = captioner.describe(drawn.paths[0], n_best=3)
+    for line, best in zip(lines, captions, strict=True):
+        name, text, score = line.split("\t")
+        assert (name, text) == (str(drawn.paths[0]), best.text)
+        assert float(score) == pytest.approx(best.score, abs=1e-3)
+    scores = [best.score for best in captions]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_names_are_printed_escaped(checkpoint, tmp_path, capsys):
+    names = ["two\nlines\t.png", "\x1b[2J.png", "\u202egnp.png", "\x9bm.png", "été 猫.png"]
+    for name in names:
+        draw("red", "square").save(tmp_path / name)
+        (tmp_path / f"bad {name}").write_text("")
+    words = [checkpoint, *(tmp_path / name for name in names)]
+    words += [tmp_path / f"bad {name}" for name in names]
+    assert caption.main([str(word) for word in words]) == 3
+    shown = capsys.readouterr()
+    escaped = [r"two\nlines\t.png", r"\x1b[2J.png", r"\u202egnp.png", r"\x9bm.png", "été 猫.png"]
+    assert shown.out.splitlines() == [f"{tmp_path}/{name}\ta red square" for name in escaped]
+    lines = shown.err.splitlines()
+    for line, name in zip(lines[:-1], escaped, strict=True):
+        assert line.startswith(f"warning: {tmp_path}/bad {name}: ")
+    assert all(name in lines[-1] for name in escaped)
+
+
+def test_output_into_a_name_that_is_not_utf8(checkpoint, drawn, tmp_path, capsys):
+    output = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv"))
+    assert run_caption(checkpoint, drawn.images, output) == 0
+    assert read_predictions(output) == drawn.captions
+    assert capsys.readouterr().out == f"8 captions in {tmp_path}/caf\\udce9.csv\n"
+
+
+def test_cells_that_a_spreadsheet_takes_for_formulas(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for name in ("=1+1.png", "-2.png", "@a.png", "+b.png", "c=d.png", "\tt.png", "\rr.png"):
+        draw("red", "square").save(Path("images", name))
+    assert run_caption(checkpoint, "images", "plain.csv") == 0
+    assert run_caption(checkpoint, "images", "safe.csv", "--csv-safe") == 0
+    plain = read_predictions("plain.csv")
+    expected = {f"'{name}" if name != "c=d.png" else name: text for name, text in plain.items()}
+    assert read_predictions("safe.csv") == expected
 
 
 def test_subfolders_that_cannot_be_read_are_named(tmp_path, monkeypatch, capsys):
@@ -179,7 +333,7 @@ def test_listed_but_missing_images_are_named(checkpoint, drawn, tmp_path, capsys
     assert len(read_predictions(output)) == 8
     error = capsys.readouterr().err
     assert f"{drawn.images / 'not here.jpg'}: no such file" in error
-    assert "1 of 9 images could not be read: not here.jpg" in error
+    assert "1 of 9 images could not be captioned: not here.jpg" in error
 
 
 def test_a_split_of_csv_annotations(checkpoint, drawn, tmp_path, capsys):
@@ -225,6 +379,8 @@ def test_annotations_that_list_nothing(checkpoint, drawn, tmp_path, capsys, cont
         ("taken/captions.json", [], "taken/captions.json: can't be written"),
         ("new/c.json", ["--split", "test"], "--annotations, which is missing"),
         ("new/c.json", ["--batch-size", "-1"], "--batch-size: at least 0 was expected, found -1"),
+        ("new/c.json", ["--csv-safe"], "--csv-safe needs an --output whose name ends in .csv"),
+        ("c.json", ["x", "--annotations", "a.json"], "needs exactly one folder, found 2 inputs"),
     ],
 )
 def test_wrong_usage_is_refused_before_any_work(tmp_path, capsys, output, options, expected):

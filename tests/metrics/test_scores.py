@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from collections import Counter
 from importlib.util import find_spec
@@ -225,7 +226,16 @@ def test_saved_frequencies_are_those_of_the_references(tmp_path):
     assert cider(hypotheses[5:6], references[5:6], loaded)[0][0] == pytest.approx(expected[0][5])
 
 
-@pytest.mark.parametrize("content", ["[]", '{"counts": {}}', '{"images": 0, "counts": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"counts": {}}',
+        '{"images": 0, "counts": {}}',
+        '{"images": 3, "counts": {"a dog": "2"}}',
+        '{"images": 3, "counts": {"a dog": 4}}',
+    ],
+)
 def test_other_files_are_no_frequencies(tmp_path, content):
     (tmp_path / "df.json").write_text(content)
     with pytest.raises(DataError, match=r"df\.json"):
@@ -289,21 +299,53 @@ def test_names_of_metrics():
     assert metric_names(["bleu", "cider-d"]) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr-D"]
     assert metric_names(["all"]) == list(METRICS)
     assert list(compute_metrics({1: "a"}, {1: ["a"]}, ["BLEU-4"])) == ["BLEU-4"]
+    assert metric_names("BLEU-1, cider-d") == ["BLEU-1", "CIDEr-D"]
+    assert list(compute_metrics({1: "a"}, {1: ["a"]}, "BLEU-4,ROUGE-L")) == ["BLEU-4", "ROUGE-L"]
     with pytest.raises(UsageError, match="did you mean 'CIDEr-D'"):
         metric_names(["CIDERD"])
+    for nothing in ("", " , ", []):
+        with pytest.raises(UsageError, match="no metric is named; there are all, BLEU, BLEU-1"):
+            compute_metrics({1: "a"}, {1: ["a"]}, nothing)
+    with pytest.raises(UsageError, match="a metric's name must be text, found 4"):
+        metric_names([4])
 
 
 @pytest.mark.parametrize(
     ("hypotheses", "references", "message"),
     [
-        ({1: "a", 2: "b"}, {1: ["a"]}, r"1 images lack .* \(2\)"),
-        ({1: "a"}, {1: []}, r"1 images have no reference \(1\)"),
-        ({}, {}, "no image"),
+        ({1: "a", 2: "b"}, {1: ["a"]}, "1 captions are of images that the references don't have "
+         "(ids 2)"),
+        ({1: "a"}, {1: ["a"], 2: ["b"]}, "1 of 2 images of the references have no caption (ids 2)"),
+        ({1: "a"}, {1: []}, "1 images have no reference (ids 1)"),
+        ({}, {}, "there is no image to score"),
+        ({}, {1: []}, "there is no image to score"),
+        ({1: "a"}, {"1": ["a"]}, "did you mean '1', as in the references, by 1? they differ only "
+         "in type"),
+        ({"A.jpg": "a"}, {"a.jpg": ["a"]}, "they differ only in upper and lower case"),
+        ({1: "a"}, {1: "a dog"}, "references: image 1 must have a list of captions, found 'a dog'"),
+        ({1: "a"}, {1: None}, "references: image 1 must have a list of captions, found None"),
+        ({1: "a"}, {1: ["a", 3]}, "references: the captions of image 1 must be texts, found 3"),
+        ({1: ["a dog"]}, {1: ["a"]}, "hypotheses: image 1 must have one caption, a text; found "
+         "['a dog']"),
+        ({1: None}, {1: ["a"]}, "hypotheses: image 1 must have one caption, a text; found None"),
+        (["a dog"], {1: ["a"]}, "hypotheses: a dict by image id was expected, found ['a dog']"),
+        ({1: "a dog"}, [["a"]], "references: a dict by image id was expected, found [['a']]"),
     ],
-)
-def test_sides_that_differ_are_refused(hypotheses, references, message):
-    with pytest.raises(DataError, match=message):
+)  # fmt: skip
+def test_sides_that_do_not_fit_are_refused(hypotheses, references, message):
+    with pytest.raises(DataError, match=re.escape(message)):
         compute_metrics(hypotheses, references)
+
+
+def test_a_file_name_is_no_document_frequencies():
+    with pytest.raises(DataError, match=r"DocumentFrequencies\.load .* found 'df.json'"):
+        compute_metrics({1: "a"}, {1: ["a"]}, "CIDEr-D", frequencies="df.json")
+
+
+def test_references_may_be_any_collection_of_texts():
+    expected = compute_metrics({1: "a dog"}, {1: ["a dog", "a cat"]})
+    assert compute_metrics({1: "a dog"}, {1: ("a dog", "a cat")}) == expected
+    assert compute_metrics({1: "a dog"}, {1: {"a dog": 1, "a cat": 2}.keys()}) == expected
 
 
 def test_a_missing_tool_is_named_and_the_other_scores_come(monkeypatch):

@@ -12,7 +12,7 @@ from captioner.data.vocabulary import BOS, PAD
 from captioner.models.captioning_model import make_decoder
 from captioner.models.decoder import Decoder
 from captioner.models.inference_decoder import InferenceDecoder
-from captioner.models.recurrent import CELLS
+from captioner.models.recurrent_cells import CELLS
 from captioner.models.show_and_tell import ShowAndTell
 
 KINDS = ("show_and_tell", "show_attend_tell")
@@ -327,6 +327,16 @@ def test_bfloat16_autocast_stays_near_float32(kind):
     assert output.logits.dtype == torch.bfloat16
     torch.testing.assert_close(output.logits.float(), expected.logits, rtol=0.1, atol=0.1)
     assert torch.equal(output.targets, expected.targets)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_teacher_forcing_waits_for_no_device(kind):
+    """On a device without values nothing can be read back: the token ids stay on the CPU."""
+    decoder = make(kind).float().to("meta")
+    output = decoder.teacher_forcing(features_of(CAPTIONS).float().to("meta"), pad(CAPTIONS))
+    tokens = sum(len(caption) + 1 for per_image in CAPTIONS for caption in per_image)
+    assert output.logits.shape == (tokens, VOCABULARY)
+    assert {output.targets.device.type, output.positions.device.type} == {"meta"}
 
 
 # --- remedies ---------------------------------------------------------------------------------

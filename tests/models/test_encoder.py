@@ -294,7 +294,7 @@ def test_a_booby_trapped_file_is_refused_and_does_nothing(tmp_path, resnet, hidd
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize(
     "content",
-    [b"", b"hello world\n", b"<!DOCTYPE html>", b"PK\x03\x04aaaa", b"\x80\x05K\x01.", bytes(99)],
+    [b"", b"hello world\n", b"<!DOCTYPE html>", b"PK\x03\x04aaaa", b"\x80\x05K\x01.", bytes(5000)],
 )
 def test_files_that_are_no_weights(tmp_path, suffix, content):
     path = tmp_path / f"a.{suffix}"
@@ -325,6 +325,21 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
 def test_files_that_hold_something_else(tmp_path, state):
     torch.save(state, tmp_path / "a.pth")
     assert "a state_dict (tensors by name) was expected" in refusal("resnet18", tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "long", "home"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, kind, suffix):
+    path = tmp_path / f"a.{suffix}"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = "a" * 300 if kind == "long" else "~nobody-of-that-name/a.pth"
+    assert "is neither a file nor weights of squeezenet1_1" in refusal("squeezenet1_1", path)
 
 
 # --- names ----------------------------------------------------------------------------------
@@ -375,6 +390,14 @@ def test_without_a_network_the_url_and_the_way_out_are_named(torch_home, monkeyp
     assert "can't be downloaded" in message
     assert "copy the file here and give its path as encoder.weights" in message
     assert not list(torch_home.iterdir())
+
+
+def test_a_pipe_among_the_downloaded_weights_is_not_waited_for(torch_home):
+    path = torch_home / "squeezenet1_1-b8a52dc0.pth"
+    os.mkfifo(path)
+    message = refusal("squeezenet1_1", "DEFAULT")
+    assert message.startswith(f"{path}: not the weights of https://")
+    assert "not a regular file" in message
 
 
 def test_weights_that_were_downloaded_before_are_used(torch_home):

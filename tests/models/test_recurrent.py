@@ -5,14 +5,16 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from captioner.models.recurrent import (
+from captioner.models.recurrent import FUSED_KERNELS, RecurrentStack
+from captioner.models.recurrent_cells import (
     CELL_STEPS,
     CELLS,
     GATE_COUNTS,
     INITIALISATIONS,
     CellStack,
-    RecurrentStack,
     states_per_layer,
 )
 
@@ -172,6 +174,64 @@ def test_dropout_lies_between_layers_and_only_in_training():
         assert not torch.equal(layers.step(projected, state)[1], layers.step(projected, state)[1])
         layers.eval()
         assert torch.equal(layers.step(projected, state)[1], layers.step(projected, state)[1])
+
+
+# --- bfloat16 -----------------------------------------------------------------------------------
+
+
+class Dtypes(TorchDispatchMode):
+    """Collects the dtypes of all floating-point tensors that operators take or give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        output = operator(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, output))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.found |= {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        return output
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "padded"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_under_autocast_all_is_bfloat16_and_gradients_are_those_of_float32(
+    cell, lengths, monkeypatch
+):
+    """On CUDA autocast itself would take float16, so the kernels must run without it."""
+    stack, x = make(cell, 2, torch.float32), input_of(torch.float32)
+    start = start_of(stack)
+    wanted = [x, *start, *stack.parameters()]
+    expected = stack(x, start, lengths)
+    autocast_in_kernel, in_kernel = [], Dtypes()
+    kernel = FUSED_KERNELS[cell]
+
+    def watched_kernel(*args):
+        autocast_in_kernel.append(torch.is_autocast_enabled("cpu"))
+        with in_kernel:
+            return kernel(*args)
+
+    monkeypatch.setitem(FUSED_KERNELS, cell, watched_kernel)
+    with Dtypes() as everywhere, torch.autocast("cpu", torch.bfloat16):
+        output = stack(x, start, lengths)
+        gradients = torch.autograd.grad(output[0].float().sum(), wanted)
+    assert autocast_in_kernel == [False]
+    assert in_kernel.found == {torch.bfloat16}
+    assert everywhere.found == {torch.bfloat16, torch.float32}
+    assert output[0].dtype == torch.bfloat16
+    torch.testing.assert_close(output[0].float(), expected[0], rtol=0.05, atol=0.05)
+    exact = torch.autograd.grad(expected[0].sum(), wanted)
+    for one, other in zip(gradients, exact, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.03 * other.norm()
+
+
+def test_float64_stays_float64_under_autocast():
+    stack, x = make("lstm"), input_of(torch.float64)
+    expected = stack(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(stack(x)[0], expected)
 
 
 # --- truncated back-propagation -----------------------------------------------------------------

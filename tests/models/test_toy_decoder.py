@@ -13,7 +13,7 @@ from captioner.models.captioning_model import DECODERS, CaptioningModel, generat
 from captioner.models.checkpoint import load_checkpoint, save_checkpoint
 from captioner.models.decoder import Decoder, Memory, State, StepOutput
 from captioner.models.inference_decoder import InferenceDecoder
-from captioner.models.recurrent import CellStack, states_per_layer
+from captioner.models.recurrent_cells import CellStack, states_per_layer
 from captioner.training.gradient_flow import measure_gradient_flow
 from captioner.training.losses import caption_loss
 

@@ -78,4 +78,4 @@ def test_steps_copy_nothing_from_the_host_and_wait_once(constraints, settings):
     assert operators.counts["aten::index_select"] >= operators.steps - 2
     assert not COPIES_FROM_HOST & operators.counts.keys()
     waits = sum(operators.counts[name] for name in WAITS)
-    assert waits <= operators.steps  # one in each step, and one for NaN in the results
+    assert waits < operators.steps  # one in each step

@@ -29,6 +29,37 @@ def test_the_command_keeps_to_constraints(checkpoint, drawn, tmp_path):
     assert all(contains(words, ("green", "disc")) for words in texts("--forced", "green disc"))
 
 
+def test_a_setting_whose_name_begins_with_no_has_an_opposite(
+    checkpoint, captioner, drawn, tmp_path
+):
+    """--no-repeat-word and --repeat-word, whatever the checkpoint says."""
+    long = {"min_length": 8, "max_length": 14}
+    texts = [
+        dict(
+            zip(
+                drawn.captions,
+                captioner.caption(drawn.paths, no_repeat_word=forbids, **long),
+                strict=True,
+            )
+        )
+        for forbids in (False, True)
+    ]
+    assert texts[0] != texts[1]
+    options = ["--min-length", 8, "--max-length", 14]
+    for of_checkpoint in (False, True):
+        config = json.loads((checkpoint / "config.json").read_text())
+        config["search"]["no_repeat_word"] = of_checkpoint
+        (checkpoint / "config.json").write_text(json.dumps(config))
+        for flags, forbids in (
+            ([], of_checkpoint),
+            (["--no-repeat-word"], True),
+            (["--repeat-word"], False),
+            (["--no-repeat-word", "--repeat-word"], False),
+        ):
+            found = captions_of(checkpoint, drawn, tmp_path / "c.json", *options, *flags)
+            assert found == texts[forbids]
+
+
 def test_the_command_writes_the_n_best(checkpoint, drawn, captioner, tmp_path, capsys):
     output = tmp_path / "captions.jsonl"
     best = captions_of(checkpoint, drawn, output, "--n-best", 3, "--batch-size", 3)
@@ -39,6 +70,8 @@ def test_the_command_writes_the_n_best(checkpoint, drawn, captioner, tmp_path, c
         assert len(set(row["captions"])) == 3
         scores = [caption.log_probability for caption in captions]
         assert row["log_probabilities"] == pytest.approx(scores, abs=1e-4)
+        scores = [caption.score for caption in captions]
+        assert row["scores"] == pytest.approx(scores, abs=1e-4)
         assert row["caption"] == best[row["image_id"]] == row["captions"][0]
     for suffix in (".json", ".csv"):
         other = tmp_path / f"other{suffix}"
@@ -55,7 +88,7 @@ def test_the_command_says_when_nothing_is_found(checkpoint, drawn, tmp_path, cap
     assert set(captions_of(checkpoint, drawn, output, *options).values()) == {""}
     assert "8 captions are empty, no caption that met the settings" in capsys.readouterr().err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert all(row["log_probabilities"] == [None] for row in rows)
+    assert all(row["log_probabilities"] == row["scores"] == [None] for row in rows)
 
 
 def test_the_command_samples_by_seed_and_image_alone(checkpoint, drawn, tmp_path):

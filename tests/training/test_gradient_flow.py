@@ -8,7 +8,8 @@ import torch
 from captioner.config import DecoderConfig
 from captioner.data.dataset import pad
 from captioner.models.captioning_model import DECODERS, make_decoder
-from captioner.models.recurrent import CELLS, RecurrentStack
+from captioner.models.recurrent import RecurrentStack
+from captioner.models.recurrent_cells import CELLS
 from captioner.training.gradient_flow import gradient_norms, measure_gradient_flow
 
 

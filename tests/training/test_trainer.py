@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,13 @@ import torch
 import wandb_files
 import yaml
 from PIL import Image
+from training_runs import (
+    COLOURS,
+    assert_same_weights,
+    read_log,
+    wait_for_steps,
+    weights_of,
+)
 
 from captioner import Captioner
 from captioner.commands.train import main as train_main
@@ -26,96 +32,16 @@ from captioner.data.dataset import pad
 from captioner.data.predictions import read_predictions
 from captioner.errors import CheckpointError, ConfigError, DataError, TrainingError
 from captioner.experiment_file import load_config
+from captioner.files import locked
 from captioner.metrics.scores import METRICS, compute_metrics
 from captioner.models.captioning_model import make_decoder
 from captioner.models.decoder import DecoderOutput
 from captioner.training.losses import caption_loss
-from captioner.training.run import locked, train
+from captioner.training.run import train
 from captioner.training.schedule import learning_rate_factor
+from captioner.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
-COLOURS = {
-    "red": (220, 30, 30),
-    "green": (30, 180, 60),
-    "blue": (30, 60, 220),
-    "yellow": (240, 220, 40),
-}
-EXPERIMENT = """\
-[data]
-root = '{root}'
-train_annotations = "train.json"
-train_images = "images"
-val_annotations = "val.json"
-val_images = "images"
-min_word_count = 1
-cache_dir = '{root}/cache'
-workers = 0
-[encoder]
-name = "squeezenet1_1"
-weights = "none"
-[preprocessing]
-image_size = 48
-[decoder]
-kind = "show_attend_tell"
-embedding_size = 16
-hidden_size = 24
-attention_size = 8
-dropout = 0.1
-[training]
-epochs = 3
-batch_size = 4
-captions_per_image = 2
-learning_rate = 0.01
-warmup_steps = 2
-label_smoothing = 0.0
-log_every = 1
-precision = "float32"
-device = "cpu"
-[search]
-max_length = 8
-[wandb]
-mode = "disabled"
-sample_images = 2
-"""
-
-
-@pytest.fixture
-def experiment(tmp_path):
-    """The experiment file of a small data set: 24 training and 8 validation images."""
-    (tmp_path / "images").mkdir()
-    number = 0
-    for split, count in (("train", 6), ("val", 2)):
-        images, annotations = [], []
-        for name, colour in COLOURS.items():
-            for shade in range(count):
-                number += 1
-                file_name = f"{number:03}.png"
-                shaded = tuple(max(0, c - 5 * shade - (split == "val")) for c in colour)
-                Image.new("RGB", (60, 50), shaded).save(tmp_path / "images" / file_name)
-                images.append({"id": number, "file_name": file_name})
-                for text in (f"A plain {name} picture.", f"this is plain {name}"):
-                    annotations.append(
-                        {"id": len(annotations), "image_id": number, "caption": text}
-                    )
-        content = {"images": images, "annotations": annotations}
-        (tmp_path / f"{split}.json").write_text(json.dumps(content))
-    path = tmp_path / "experiment.toml"
-    path.write_text(EXPERIMENT.format(root=tmp_path.as_posix()))
-    return path
-
-
-def read_log(directory):
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-
-
-def weights_of(checkpoint):
-    return safetensors.torch.load_file(checkpoint / "model.safetensors")
-
-
-def assert_same_weights(one, other):
-    a, b = weights_of(one), weights_of(other)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_run_learns_and_leaves_everything_behind(experiment, tmp_path, capsys):
@@ -201,6 +127,10 @@ def test_the_best_checkpoint_is_that_of_the_metric_asked_for(experiment, tmp_pat
     assert scores.keys() == {*METRICS} - {"CIDEr", "METEOR", "SPICE"}
     kept = json.loads((tmp_path / "run/best/config.json").read_text())["scores"]
     assert kept["epoch"] == best["epoch"]
+    for name in ("best", "last"):  # all its files have a checksum
+        lines = (tmp_path / "run" / name / "SHA256SUMS").read_text().splitlines()
+        listed = {line.split("  ")[1] for line in lines} | {"SHA256SUMS"}
+        assert listed == {path.name for path in (tmp_path / "run" / name).iterdir()}
     predictions = read_predictions(tmp_path / "run/best/val_predictions.json")
     references = {
         image.image_id: image.captions for image in read_annotations(tmp_path / "val.json").images
@@ -210,27 +140,15 @@ def test_the_best_checkpoint_is_that_of_the_metric_asked_for(experiment, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["show_attend_tell", "show_and_tell"])
-def test_killed_and_resumed_equals_uninterrupted(experiment, tmp_path, kind):
+def test_killed_and_resumed_equals_uninterrupted(experiment, tmp_path, kind, server):
     overrides = [f"decoder.kind={kind}", "training.checkpoint_every=4", "training.epochs=4"]
     train(load_config(experiment, overrides), tmp_path / "whole")
 
     out = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "tools/train.py"), str(experiment), *overrides]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [*command, "--output-dir", str(out)],
-        env={**os.environ, **threads},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "last").exists() and len((out / "log.jsonl").read_text().splitlines()) >= 10:
-            break
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    process = server.start(experiment, *overrides, "--output-dir", out)
+    wait_for_steps(out, 10)
+    os.kill(process, signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL
     interrupted = len(read_log_loosely(out))
     train(load_config(experiment, overrides), out, resume=True)
 
@@ -294,8 +212,34 @@ def test_resume_refuses_another_precision(experiment, tmp_path):
     state = torch.load(path, weights_only=True)
     state["circumstances"]["precision"] = "float16"
     torch.save(state, path)
+    path.with_name("SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="computed in float16, and here it would be"):
         train(config, out, resume=True)
+
+
+def test_a_step_waits_for_the_device_once(experiment, tmp_path, monkeypatch):
+    """On a GPU each number that is read is a wait for it: loss and norm are read together."""
+    reads = []
+    for name in ("__float__", "item", "tolist", "__bool__"):
+        original = getattr(torch.Tensor, name)
+
+        def read(tensor, original=original, name=name):
+            if tensor.is_floating_point():  # token ids are on the CPU
+                reads.append(name)
+            return original(tensor)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+    counts = []
+    optimise = Trainer._optimise
+
+    def counted(trainer, group):
+        reads.clear()
+        optimise(trainer, group)
+        counts.append(list(reads))
+
+    monkeypatch.setattr(Trainer, "_optimise", counted)
+    train(load_config(experiment, ["training.epochs=1", "training.log_every=2"]), tmp_path / "run")
+    assert counts == [["tolist"]] * 6
 
 
 def test_resume_refuses_the_state_of_an_earlier_version(experiment, tmp_path):
@@ -305,20 +249,21 @@ def test_resume_refuses_the_state_of_an_earlier_version(experiment, tmp_path):
     state = torch.load(path, weights_only=True)
     del state["format"]
     torch.save(state, path)
+    path.with_name("SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="another version of captioner"):
         train(config, out, resume=True)
 
 
-def test_a_second_process_is_kept_out_of_a_run(experiment, tmp_path):
-    with locked(tmp_path / "run"):
-        done = subprocess.run(
-            [sys.executable, ROOT / "tools/train.py", experiment, "--output-dir", tmp_path / "run"],
-            capture_output=True,
-            text=True,
-        )
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'run'}: another process is training")
+def test_a_second_process_is_kept_out_of_a_run(experiment, tmp_path, server):
+    """Two start at the same time: the second is refused before it does anything else."""
+    out = tmp_path / "run"
+    out.mkdir()
+    with locked(out / ".lock", "busy"):
+        assert server.run(experiment, "--output-dir", out) == 1
+    (line,) = server.output.read_text().splitlines()
+    assert line.startswith(f"error: {out}: another process is training")
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_log_goes_on_from_the_state(experiment, tmp_path):
@@ -337,6 +282,7 @@ def test_resume_never_runs_code_from_the_state(experiment, tmp_path):
     out = tmp_path / "run"
     train(load_config(experiment, ["training.epochs=1"]), out)
     torch.save({"config": _Trap(tmp_path / "trapped")}, out / "last" / "training_state.pt")
+    (out / "last/SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="training_state"):
         train(load_config(experiment, ["training.epochs=1"]), out, resume=True)
     assert not (tmp_path / "trapped").exists()
@@ -359,6 +305,7 @@ def test_non_finite_loss_stops_and_names_the_last_good_checkpoint(experiment, tm
     tensors = weights_of(out / "last")
     tensors["decoder.output.bias"].fill_(math.inf)
     safetensors.torch.save_file(tensors, out / "last/model.safetensors")
+    (out / "last/SHA256SUMS").unlink()
     with pytest.raises(
         TrainingError, match=r"step 19: the loss is (nan|inf).*learning rate of .*last"
     ):
@@ -458,6 +405,7 @@ def test_a_window_trains_and_a_run_from_before_there_were_windows_goes_on(experi
         for name in names:
             del saved[section][name]
     torch.save(state | {"config": json.dumps(saved)}, path)
+    path.with_name("SHA256SUMS").unlink()
     train(load_config(experiment, settings[:1]), tmp_path / "old", resume=True)
     with pytest.raises(CheckpointError, match="bptt_window = 0"):
         train(load_config(experiment, settings), tmp_path / "old", resume=True)
@@ -492,6 +440,7 @@ def test_learning_rate_schedule():
 def test_fine_tuning_trains_the_chosen_stages_alone(experiment, tmp_path):
     overrides = [
         "encoder.name=resnet18",
+        "encoder.weights=none",
         "encoder.fine_tune_from=layer4",
         "encoder.learning_rate=1e-3",
         "training.epochs=1",

@@ -1,0 +1,308 @@
+"""Image files: which are read, how large they may be, and how each becomes upright RGB."""
+
+import contextlib
+import functools
+import io
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, cast
+
+import numpy as np
+from PIL import (
+    ExifTags,
+    IcoImagePlugin,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
+
+from captioner.errors import ConfigError, ImageError
+from captioner.files import open_regular
+
+# Pillow's names of the formats that are read. It knows 40 more, some of which run other programs.
+# JPEG includes MPO, several JPEGs in one file.
+FORMATS = (
+    *("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "AVIF"),
+    "TGA",  # last: it has no mark to be known by
+)
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".ico", ".tga"),
+}
+
+# What an image may be: a path, the content of a file, an open binary file, or Pillow's image.
+ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+# Waits until so many bytes may be used.
+Reserve = Callable[[int], object]
+
+UNNAMED = "the image given"  # what messages call an image without a name
+MAX_MEGAPIXELS_VARIABLE = "CAPTIONER_MAX_MEGAPIXELS"
+MAX_MEGAPIXELS = 64.0
+MOST_BYTES_OF_PIXEL = 16  # in a file
+MOST_ICON_PIXELS = 1 << 20
+# Each scan of a progressive JPEG is another pass over all its pixels; encoders write about 10.
+USUAL_SCANS = 16
+# Larger images, if they will be scaled down anyway, are so by a whole number first.
+EXACT_PIXELS = 16_000_000
+STRIP_PIXELS = 1 << 20  # converted at a time
+# Bytes a pixel, as measured, that decoding takes at its peak, and converting and turning after it.
+DECODER_BYTES = {"WEBP": 16, "AVIF": 10, "JPEG2000": 20, "TIFF": 12}
+OTHER_DECODER_BYTES, CONVERSION_BYTES = 4, 8
+TILE_WIDTH, TILE_LENGTH = 322, 323  # of TIFF
+
+
+def load_image(
+    source: ImageSource, least: int = 0, reserve: Reserve | None = None, name: str = ""
+) -> Image.Image:
+    """Read an image as upright RGB, whatever its mode, bit depth or rotation.
+
+    Transparency becomes white; of an animation the first frame is taken. The pixels are the same
+    whether a path, bytes, a file or Pillow's image is given, as long as Pillow hasn't decoded it
+    yet: a large JPEG that it has is no longer scaled by its decoder.
+
+    Args:
+        source: The image. Pillow's image is not changed.
+        least: A large JPEG may come out at 1/2, 1/4 or 1/8 of its size, which its decoder does for
+            next to nothing, as long as both sides keep this many pixels; and any image of more
+            than 16 megapixels scaled down by a whole number. 0 keeps the size.
+        reserve: Called, before the image is decoded, with how many bytes that takes.
+        name: What messages call the image; by default its path.
+
+    Raises:
+        ImageError: It can't be read, or it is too large (``max_pixels``); the message names the
+            file and the reason.
+        MemoryError: There is too little memory for it.
+    """
+    name = name or _name(source)
+    try:
+        with _opened(source) as image:
+            if least:
+                image.draft(None, (least, least))
+            size = _check_size(image, name, least)
+            if reserve:
+                reserve(size)
+            return to_rgb(image, least)
+    except (ImageError, ConfigError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not a readable image (no known format)") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name}: more pixels than Pillow reads; scale it down") from None
+    # Pillow's decoders raise almost anything on damaged files, and one of them must not end a
+    # job over a million.
+    except Exception as error:
+        if "out of memory" in str(error):  # as some decoders tell it
+            raise MemoryError(f"{name}: {error}") from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(f"{name}: not a readable image ({reason.splitlines()[0]})") from None
+
+
+def load_thumbnail(source: ImageSource, size: int = 256) -> Image.Image:
+    """Return an image, as ``load_image`` reads it, with neither side longer than ``size``."""
+    image = load_image(source, size)
+    image.thumbnail((size, size))
+    return image
+
+
+def max_pixels() -> int:
+    """Return how many pixels of an image are decoded at most.
+
+    64 million, or what the environment variable CAPTIONER_MAX_MEGAPIXELS says.
+
+    Raises:
+        ConfigError: The variable holds no number above 0.
+    """
+    text = os.environ.get(MAX_MEGAPIXELS_VARIABLE) or MAX_MEGAPIXELS
+    with contextlib.suppress(ValueError):
+        if 0 < (megapixels := float(text)) < math.inf:
+            return int(megapixels * 1e6)
+    raise ConfigError(f"{MAX_MEGAPIXELS_VARIABLE}: a number above 0 was expected, found {text!r}")
+
+
+# --- opening ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(source: ImageSource) -> Iterator[Image.Image]:
+    """Give Pillow's image of a source, its header read; not yet decoded where that can be had."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, Image.Image):
+            yield _read_again(source, stack)
+        elif isinstance(source, (str, os.PathLike)):
+            yield _open_file(stack.enter_context(open_regular(os.fspath(source))))
+        elif isinstance(source, bytes):
+            yield _open_file(io.BytesIO(source))
+        else:
+            yield _open_file(source if source.seekable() else io.BytesIO(source.read()))
+
+
+def _read_again(image: Image.Image, stack: contextlib.ExitStack) -> Image.Image:
+    """Read an image that isn't decoded yet from its file again.
+
+    Having the one that was given scaled by its decoder would change it.
+    """
+    file = getattr(image, "fp", None)  # None once it is decoded
+    if file is None or image.tell():  # not the first frame
+        return image
+    stack.callback(file.seek, file.tell())
+    again = _open_file(file)
+    return again if (again.size, again.mode) == (image.size, image.mode) else image
+
+
+def _open_file(file: BinaryIO) -> Image.Image:
+    if file.seek(0, os.SEEK_END) > MOST_BYTES_OF_PIXEL * max_pixels():  # some are read as a whole
+        raise ValueError(f"a file of {file.tell() / 1e9:.1f} GB")
+    file.seek(0)
+    if file.read(4) == b"\0\0\1\0":
+        _check_icon(file)
+    image = Image.open(file, formats=_formats())
+    if image.format != "MPO":
+        return image
+    file.seek(0)
+    return JpegImagePlugin.JpegImageFile(file)  # the first of its images
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return the formats that this Pillow reads: some are missing from older ones."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _name(source: ImageSource) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    name = getattr(source, "filename" if isinstance(source, Image.Image) else "name", "")
+    return name if name and isinstance(name, str) else UNNAMED
+
+
+# --- limits -----------------------------------------------------------------------------------
+
+
+def _check_icon(file: BinaryIO) -> None:
+    """Refuse a file that calls itself an icon and holds a large image: opening decodes it."""
+    file.seek(0)
+    file.seek(IcoImagePlugin.IcoFile(file).entry[0].offset)
+    header = file.read(24)
+    is_png = header.startswith(b"\x89PNG")
+    width, height = struct.unpack(*((">II", header[16:]) if is_png else ("<ii", header[4:12])))
+    if width * abs(height) > MOST_ICON_PIXELS:
+        raise ValueError(f"an icon of {width} x {abs(height)} pixels")
+
+
+def _check_size(image: Image.Image, name: str, least: int) -> int:
+    """Return how many bytes decoding and converting an image takes, roughly, and at most.
+
+    Raises:
+        ImageError: It has too many pixels.
+    """
+    pixels, scans, coefficients = math.prod(image.size), 1, 0
+    undecoded = getattr(image, "fp", None)
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and undecoded:
+        scans = _count_scans(image, undecoded)
+        if scans > 1:  # it is held in whole, scaled or not
+            pixels = math.prod(image.decoderconfig[:1] or (1,)) ** 2 * pixels
+            coefficients = 2 * image.layers * pixels
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        tile = image.tag_v2.get(TILE_WIDTH, 0) * image.tag_v2.get(TILE_LENGTH, 0)
+        pixels = max(pixels, tile)
+    counted, limit = max(pixels, pixels * scans // USUAL_SCANS), max_pixels()
+    if counted > limit and undecoded:
+        many = f" in {scans} scans" if scans > USUAL_SCANS else ""
+        raise ImageError(
+            f"{name}: {pixels / 1e6:.1f} megapixels{many} are too many; scale it down, or set the "
+            f"environment variable {MAX_MEGAPIXELS_VARIABLE}={math.ceil(counted / 1e6)}"
+        )
+    bytes_each = DECODER_BYTES.get(image.format or "", OTHER_DECODER_BYTES)
+    if _whole_factor(image.size, least) == 1:
+        bytes_each += CONVERSION_BYTES
+    return coefficients + bytes_each * math.prod(image.size)
+
+
+def _count_scans(image: JpegImagePlugin.JpegImageFile, file: BinaryIO) -> int:
+    """Return in how many scans a JPEG is stored, whose header alone has been read."""
+    start = file.tell()  # of the first scan's data, behind its own header
+    try:
+        header = struct.pack(">HHB", 0xFFDA, 6 + 2 * image.layers, image.layers)
+        file.seek(start - 8 - 2 * image.layers)
+        if file.read(5) == header and "progressive" not in image.info:
+            return 1  # with all colours in it, as usual
+        file.seek(start)
+        scans, last = 1, b""
+        while block := file.read(1 << 20):
+            data, end, _ = (last + block).partition(b"\xff\xd9")
+            scans += data.count(b"\xff\xda")
+            if end:
+                break
+            last = block[-1:] if block.endswith(b"\xff") else b""
+        return scans
+    finally:
+        file.seek(start)
+
+
+# --- conversion -------------------------------------------------------------------------------
+
+
+def to_rgb(image: Image.Image, least: int = 0) -> Image.Image:
+    """Return an image turned upright by its EXIF tag, as 8-bit RGB.
+
+    Args:
+        image: Of any mode; it is not changed.
+        least: As in ``load_image``; here for other images than JPEGs.
+    """
+    image.load()  # some formats have their EXIF after the pixels
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    # Damaged EXIF raises almost anything, and is no reason to lose the picture.
+    except Exception:
+        orientation = None
+    rgb = _convert(image, _whole_factor(image.size, least))
+    rgb.info.clear()
+    if isinstance(orientation, int):
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(rgb, in_place=True)  # of small pixels; the tag is gone after it
+    return rgb
+
+
+def _whole_factor(size: tuple[int, int], least: int) -> int:
+    """Return by what to divide the sides of a large image, so that both keep ``least`` pixels."""
+    large = least and math.prod(size) > EXACT_PIXELS
+    return max(1, min(size) // least) if large else 1
+
+
+def _convert(image: Image.Image, factor: int) -> Image.Image:
+    """Convert to RGB and scale down by a whole number.
+
+    Strip by strip: conversions take up to 16 bytes a pixel in between.
+    """
+    grey_range = (0.0, 65535.0)
+    if image.mode == "F":  # no fixed range: stretch the one that is used
+        grey_range = cast("tuple[float, float]", image.getextrema())
+    width, height = image.size
+    rows = factor * max(1, STRIP_PIXELS // (width * factor))
+    if rows >= height and factor == 1:
+        return _convert_strip(image, *grey_range)
+    rgb = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        strip = _convert_strip(strip, *grey_range)
+        rgb.paste(strip.reduce(factor) if factor > 1 else strip, (0, top // factor))
+    return rgb
+
+
+def _convert_strip(image: Image.Image, lowest: float, highest: float) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow's own conversion would clip 16-bit grey to white.
+        values = np.asarray(image, dtype=np.float64) - lowest
+        values = values * (65535 / (highest - lowest or 1.0)) / 257
+        image = Image.fromarray(np.nan_to_num(values).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")  # a copy

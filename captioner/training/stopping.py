@@ -1,0 +1,85 @@
+"""What ends a run early: Ctrl-C, SIGTERM, and too little memory."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+from captioner.device import is_out_of_memory
+from captioner.errors import TrainingError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LAST_WORDS = b"\nstopping after this step, to keep it; a second signal stops at once\n"
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """A run was stopped by a signal.
+
+    Attributes:
+        signal: Which one.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(self.signal.name)
+
+
+class StopSignals:
+    """In a ``with`` block, turns Ctrl-C and SIGTERM into an orderly end.
+
+    The first signal raises ``TrainingStopped``: wherever the program is, or, once ``deferred`` is
+    set, where ``raise_if_received`` is called. A second one ends the process at once. Outside of
+    the main thread nothing is changed, and a signal that is ignored stays so.
+
+    Attributes:
+        deferred: Whether the first signal waits for ``raise_if_received``.
+        received: The signal that came; None before.
+    """
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.received: int | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        for heard in self._previous:
+            signal.signal(heard, signal.SIG_DFL)
+        self.received = number
+        if not self.deferred:
+            raise TrainingStopped(number)
+        os.write(2, LAST_WORDS)  # print isn't safe here: it may have been interrupted itself
+
+    def raise_if_received(self) -> None:
+        """Raise ``TrainingStopped`` if a signal has come."""
+        if self.received:
+            raise TrainingStopped(self.received)
+
+
+@contextlib.contextmanager
+def memory_errors(message: Callable[[], str]) -> Iterator[None]:
+    """Turn an out-of-memory error into a ``TrainingError`` with what ``message`` returns."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(f"out of memory {message()}") from None
