@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from captioner.errors import ConfigError
 
 Cell = Literal["lstm", "gru", "rnn_tanh", "rnn_relu"]
 Initialisation = Literal["orthogonal", "xavier", "identity"]
+Objective = Literal["cross_entropy", "self_critical"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ class TrainingConfig:
     """The training run.
 
     Attributes:
+        objective: "cross_entropy" with people's captions, or "self_critical": the reward of sampled
+            ones (see ``SelfCriticalConfig``), from a model that can caption already.
         epochs: Passes over the training images.
         batch_size: Images in a batch.
         captions_per_image: Captions of each image in a batch, drawn anew each epoch where an
@@ -186,6 +190,9 @@ class TrainingConfig:
         init_from: A checkpoint (``runs/a/best``) whose weights, vocabulary and CNN the run begins
             with, in place of new ones; the experiment must fit it. "" begins anew.
         label_smoothing: Probability mass spread over the other words.
+        average_decay: Validation and ``best`` take a moving average of the weights: at each step so
+            much of the average stays (0.99, say), less in the first steps; 0 takes the weights
+            themselves.
         precision: "auto" is bfloat16 where the device computes in it, else float32.
         device: "auto" is CUDA, else MPS, else CPU.
         seed: Seed of weights, batches and dropout.
@@ -197,6 +204,7 @@ class TrainingConfig:
             the end of each epoch alone.
     """
 
+    objective: Objective = "cross_entropy"
     epochs: int = 20
     batch_size: int = 64
     captions_per_image: int = 5
@@ -209,6 +217,7 @@ class TrainingConfig:
     bptt_window: int = 0
     accumulation_steps: int = 1
     label_smoothing: float = 0.1
+    average_decay: float = 0.0
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"
     seed: int = 0
@@ -228,6 +237,35 @@ class TrainingConfig:
         _check_at_least(self, gradient_clip_value=0.0)
         _check_positive(self, "learning_rate")
         _check_share(self, "label_smoothing")
+        _check_share(self, "average_decay")
+
+
+@dataclass(frozen=True)
+class SelfCriticalConfig:
+    """Self-critical training (Rennie et al. 2017): see ``training.self_critical``.
+
+    Attributes:
+        samples: Captions drawn of each image at each step.
+        baseline: What a caption's reward is compared with: the "mean" of its image's other samples,
+            or that of the "greedy" caption.
+        cider_weight, bleu_weight: Weights of CIDEr-D (0 to 10) and BLEU-4 (0 to 1) in the reward.
+        cross_entropy_share: Share (0 to 1) of the loss that stays cross-entropy.
+    """
+
+    samples: int = 5
+    baseline: Literal["mean", "greedy"] = "mean"
+    cider_weight: float = 1.0
+    bleu_weight: float = 0.0
+    cross_entropy_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        least = 2 if self.baseline == "mean" else 1
+        check_between(self, samples=(least, 1000))
+        _check_at_least(self, cider_weight=0.0, bleu_weight=0.0)
+        _check_share(self, "cross_entropy_share")
+        if not self.cider_weight and not self.bleu_weight:
+            raise ConfigError("self_critical: cider_weight and bleu_weight are both 0")
 
 
 @dataclass(frozen=True)
@@ -370,6 +408,7 @@ class Config:
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -410,5 +449,6 @@ def _default_of(config: Any, name: str) -> Any:
 
 
 def _expected(config: Any, name: str, expected: str) -> ConfigError:
-    section = type(config).__name__.removesuffix("Config").lower()
+    kind = type(config).__name__.removesuffix("Config")
+    section = re.sub("(?<=[a-z])(?=[A-Z])", "_", kind).lower()
     return ConfigError(f"{section}.{name}: {expected} was expected, found {getattr(config, name)}")

@@ -30,12 +30,15 @@ class Samples:
     """Sampled captions of a batch of images.
 
     Attributes:
+        order: Which image of the batch each row is, (B,): the longest captions come first, of the
+            images and of each image, as teacher forcing is fastest with.
         token_ids: From BOS to EOS, then PAD, (B, K, T + 1).
         advantages: Reward less baseline of each, (B, K).
         reward: Mean over all of them.
         baseline: Mean over all of them.
     """
 
+    order: Tensor
     token_ids: Tensor
     advantages: Tensor
     reward: float
@@ -72,6 +75,8 @@ def sample_captions(
         [hypothesis.token_ids for hypothesis in of_image]
         for of_image in generate([decoder], [features], sampling, vocabulary, keys)
     ]
+    for of_image in captions:
+        of_image.sort(key=len, reverse=True)
     token_ids = pad(captions)
     places = np.asarray(images)
     rewards = reward(places, token_ids[:, :, 1:].numpy())
@@ -82,21 +87,24 @@ def sample_captions(
         best = generate([decoder], [features], greedy, vocabulary)
         ids = pad([[of_image[0].token_ids] for of_image in best])
         baselines = np.broadcast_to(reward(places, ids[:, :, 1:].numpy()), rewards.shape)
+    order = torch.tensor([len(of_image[0]) for of_image in captions]).argsort(descending=True)
     return Samples(
-        token_ids,
-        torch.from_numpy(rewards - baselines).float(),
+        order,
+        token_ids[order],
+        torch.from_numpy(rewards - baselines).float()[order],
         float(rewards.mean()),
         float(baselines.mean()),
     )
 
 
-def self_critical_loss(output: DecoderOutput, advantages: Tensor, tokens: int) -> Tensor:
+def self_critical_loss(output: DecoderOutput, advantages: Tensor, images: int) -> Tensor:
     """Return the loss whose gradient is that of the expected reward, as a batch's part of a step.
 
     Args:
         output: Of the sampled captions under teacher forcing.
         advantages: Reward less baseline, (B, K).
-        tokens: Tokens in the optimiser step, PAD not counted.
+        images: Images in the optimiser step.
     """
     log_probabilities = output.log_probabilities().sum(-1)  # (B, K)
-    return -(advantages.to(log_probabilities) * log_probabilities).sum() / tokens
+    weighted = advantages.to(log_probabilities) * log_probabilities
+    return -weighted.sum() / (images * advantages.shape[1])
