@@ -127,15 +127,21 @@ class DecoderConfig:
     """The recurrent decoder.
 
     Attributes:
-        kind: "show_and_tell" (Vinyals et al. 2015) or "show_attend_tell" (Xu et al. 2015); the
-            decoders are listed in ``models.captioning_model.DECODERS``.
+        kind: "show_and_tell" (Vinyals et al. 2015), "show_attend_tell" (Xu et al. 2015),
+            "up_down" (Anderson et al. 2018) or "adaptive_attention" (Lu et al. 2017); the decoders
+            are listed in ``models.captioning_model.DECODERS``.
         cell: The recurrent cell.
         layers: Recurrent layers on top of each other, at most 32.
         embedding_size: Width of a word vector; this and the other widths are at most 32,768.
         hidden_size: Width of the recurrent state.
-        attention_size: Width in which attention scores are computed (show_attend_tell).
-        feature_size: Width to which region features are projected once per image
-            (show_attend_tell); 0 keeps the CNN's own width, as in the paper.
+        attention_size: Width in which attention scores are computed.
+        attention_heads: Attention with so many score vectors, each for its share of the context.
+        feature_size: Width to which region features are projected once per image; 0 keeps the
+            CNN's own width (adaptive_attention always projects to ``hidden_size``).
+        embedding_scale: Word vectors begin uniformly between this and its negative.
+        feature_norm: Normalise the features of each region as they come in (Ba et al. 2016).
+        output_norm: Normalise the recurrent state that a word is predicted from.
+        tie_output: The output layer's weights are the word vectors (Press and Wolf 2017).
         dropout: Share of units dropped before, between and after the recurrent layers.
         attention_regularisation: Weight of the doubly stochastic term (Xu et al. 2015, eq. 14).
         recurrent_initialisation: What the recurrent weights of each gate begin with; "identity"
@@ -150,7 +156,12 @@ class DecoderConfig:
     embedding_size: int = 512
     hidden_size: int = 512
     attention_size: int = 512
+    attention_heads: int = 1
     feature_size: int = 0
+    embedding_scale: float = 0.1
+    feature_norm: bool = False
+    output_norm: bool = False
+    tie_output: bool = False
     dropout: float = 0.5
     attention_regularisation: float = 1.0
     recurrent_initialisation: Initialisation = "orthogonal"
@@ -160,7 +171,9 @@ class DecoderConfig:
         """Refuse impossible values."""
         widths = dict.fromkeys(("embedding_size", "hidden_size", "attention_size"), (1, 32_768))
         check_between(self, layers=(1, 32), **widths, feature_size=(0, 32_768))
+        check_between(self, attention_heads=(1, 1024))
         _check_at_least(self, attention_regularisation=0.0)
+        _check_positive(self, "embedding_scale")
         if not math.isfinite(self.forget_bias):
             raise _expected(self, "forget_bias", "a finite number")
         _check_share(self, "dropout")

@@ -60,6 +60,13 @@ def autocast(device: torch.device, precision: torch.dtype) -> contextlib.Abstrac
     return torch.autocast(device.type, dtype=precision)
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return the context in which nothing is cast, for code that has chosen its dtypes itself."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def keep_freed_memory() -> None:
     """Have this process keep the memory of freed tensors for the next ones, as on a GPU.
 

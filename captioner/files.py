@@ -329,13 +329,20 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
 
 
+MANY_FILES = 32
+
+
 def _sync_tree(directory: Path) -> None:
     """Write all files of a directory to the disk, then the directories themselves."""
     walk = [(Path(folder), names) for folder, _, names in os.walk(directory)]
     paths = [folder / name for folder, names in walk for name in names]
     files = [path for path in paths if stat.S_ISREG(path.lstat().st_mode)]
-    with ThreadPoolExecutor(8) as threads:  # the disk takes many at a time in one go
-        list(threads.map(_sync, files))
+    if len(files) > MANY_FILES:
+        with ThreadPoolExecutor(8) as threads:  # the disk takes many at a time in one go
+            list(threads.map(_sync, files))
+    else:  # such as a checkpoint's
+        for path in files:
+            _sync(path)
     for folder, _ in reversed(walk):
         _sync(folder)
 

@@ -29,10 +29,11 @@ from captioner.data.dataset import CaptionDataset, TrainingBatches, encode_capti
 from captioner.data.images import in_batches, load_pixels
 from captioner.data.vocabulary import PAD
 from captioner.device import autocast, keep_freed_memory
+from captioner.errors import ConfigError
 from captioner.files import write_json
 from captioner.inference.captioner import Captioner
 from captioner.inference.folder import ImageFile, caption_files
-from captioner.models.captioning_model import make_decoder
+from captioner.models.captioning_model import DECODERS, make_decoder
 from captioner.models.inference_encoder import InferenceEncoder
 from captioner.progress import log_line
 from captioner.training.feature_cache import cached_features
@@ -214,8 +215,12 @@ def training_rates(
     rates = {"CNN alone, images/s": cnn, "bare nn.LSTM + linear, training tokens/s": bare}
     cached = caching(captioner, dataset.paths)
     rates |= {"feature caching, images/s": cached, "of CNN alone": cached / cnn}
-    for kind in ("show_and_tell", "show_attend_tell"):
-        rate = training(captioner, dataset, kind, batch_size, steps)
+    for kind in DECODERS:
+        try:
+            rate = training(captioner, dataset, kind, batch_size, steps)
+        except ConfigError as error:  # it doesn't take the checkpoint's settings
+            log_line(f"{kind} isn't measured: {error}")
+            continue
         rates |= {f"{kind}, training tokens/s": rate, f"{kind}, of bare LSTM": rate / bare}
     return rates
 

@@ -9,17 +9,21 @@ from captioner.config import DecoderConfig, SearchConfig
 from captioner.data.vocabulary import BOS, PAD, Vocabulary
 from captioner.device import autocast
 from captioner.errors import ConfigError, SearchError, did_you_mean
+from captioner.models.adaptive_attention import AdaptiveAttention
 from captioner.models.decoder import Decoder
 from captioner.models.encoder import Encoder
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.show_and_tell import ShowAndTell
 from captioner.models.show_attend_tell import ShowAttendTell
+from captioner.models.up_down import UpDown
 from captioner.search import NO_PROBABILITIES, Constraints, Hypothesis, decode, ensemble_step
 
 # What decoder.kind may be.
 DECODERS: dict[str, type[Decoder]] = {
     "show_and_tell": ShowAndTell,
     "show_attend_tell": ShowAttendTell,
+    "up_down": UpDown,
+    "adaptive_attention": AdaptiveAttention,
 }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
 from captioner.data.vocabulary import PAD
+from captioner.models.dropout import Dropout
 from captioner.models.recurrent_cells import states_per_layer
 
 Memory = tuple[Tensor, ...]  # what belongs to images, (B, …) each
@@ -28,12 +29,12 @@ class StepOutput(NamedTuple):
     """What a decoder gives at one step.
 
     Attributes:
-        output: What the output layer reads, (B, K, O).
+        output: What ``logits`` takes, (B, K, …) each.
         state: The new state.
         attention: Weights of the regions, (B, K, N); None without attention.
     """
 
-    output: Tensor
+    output: tuple[Tensor, ...]
     state: State
     attention: Tensor | None = None
 
@@ -72,8 +73,8 @@ class DecoderOutput:
 class Decoder(nn.Module, ABC):
     """A recurrent decoder; training, search, attention maps and gradient flow all use its step.
 
-    A subclass writes ``init_state`` and ``step``, and has an ``output`` layer from O to V. See
-    ``show_and_tell`` for a short one.
+    A subclass writes ``init_state`` and ``step``, and has an ``output`` layer from O to V, which
+    ``output_layer`` makes. See ``show_and_tell`` for a short one.
 
     Args:
         config: The decoder's settings.
@@ -82,7 +83,9 @@ class Decoder(nn.Module, ABC):
 
     Attributes:
         pooled: Whether it takes the mean of the grid, (B, 1, D), in place of the grid (B, N, D).
-        output: The layer from a step's output to logits.
+        output: The last layer, to logits.
+        feature_norm: For the features as they come in (``decoder.feature_norm``).
+        output_norm: For the h that the output is computed from (``decoder.output_norm``).
     """
 
     pooled = False
@@ -92,8 +95,23 @@ class Decoder(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocabulary_size, config.embedding_size, padding_idx=PAD)
-        nn.init.uniform_(self.embedding.weight[PAD + 1 :], -0.1, 0.1)
-        self.dropout = nn.Dropout(config.dropout)
+        scale = config.embedding_scale
+        nn.init.uniform_(self.embedding.weight[PAD + 1 :], -scale, scale)
+        self.dropout = Dropout(config.dropout)
+        self.feature_norm = nn.LayerNorm(feature_width) if config.feature_norm else nn.Identity()
+        self.output_norm = nn.LayerNorm(config.hidden_size) if config.output_norm else nn.Identity()
+
+    def output_layer(self, width: int) -> nn.Module:
+        """Return the layer from (…, width) to logits, tied to the word vectors if so configured.
+
+        Tied, logits are the products with all word vectors (Press and Wolf 2017), of the input or,
+        where it isn't as wide as they are, of a projection of it.
+        """
+        size = self.config.embedding_size
+        if not self.config.tie_output:
+            return nn.Linear(width, self.embedding.num_embeddings)
+        tied = TiedLinear(self.embedding)
+        return tied if width == size else nn.Sequential(nn.Linear(width, size), tied)
 
     # --- what a decoder is ---
 
@@ -111,11 +129,14 @@ class Decoder(nn.Module, ABC):
         """
 
     @abstractmethod
-    def step(self, token_ids: Tensor, state: State, memory: Memory) -> StepOutput:
+    def step(
+        self, token_ids: Tensor, words: tuple[Tensor, ...], state: State, memory: Memory
+    ) -> StepOutput:
         """Take one step for all captions.
 
         Args:
             token_ids: The last tokens, (B, K).
+            words: What ``word_inputs`` returns for them, (B, K, …) each.
             state: As ``init_state`` or the last step gave it, (B, K, …) each.
             memory: As ``init_state`` gave it.
         """
@@ -123,8 +144,7 @@ class Decoder(nn.Module, ABC):
     def word_inputs(self, token_ids: Tensor) -> tuple[Tensor, ...]:
         """Return what a step takes of a word that depends on the word alone.
 
-        Search looks it up in a table of all words. A step that uses no other embedding of its
-        words gets this for free.
+        Search looks it up in a table of all words, training computes it for all steps at once.
 
         Args:
             token_ids: (…).
@@ -133,6 +153,16 @@ class Decoder(nn.Module, ABC):
             Tensors of (…, width).
         """
         return (self.dropout(self.embedding(token_ids)),)
+
+    def logits(self, *output: Tensor) -> Tensor:
+        """Return logits, (…, V), for the ``output`` of steps, (…, width) each.
+
+        What needs neither the image nor goes into the next step belongs here: training computes it
+        for all steps at once.
+        """
+        (hidden,) = output
+        logits: Tensor = self.output(self.dropout(self.output_norm(hidden)))
+        return logits
 
     def active_rows(
         self, function: Callable[..., State], token_ids: Tensor, *inputs: Tensor
@@ -157,8 +187,8 @@ class Decoder(nn.Module, ABC):
         Returns:
             Logits of the next tokens, (B, K, V), and the new state.
         """
-        output, state, _ = self.step(token_ids, state, memory)
-        (logits,) = self.active_rows(lambda _, x: (self.output(x),), token_ids, output)
+        output, state, _ = self.step(token_ids, self.word_inputs(token_ids), state, memory)
+        (logits,) = self.active_rows(lambda _, *x: (self.logits(*x),), token_ids, *output)
         return logits, state
 
     def hidden_states(self, state: State) -> State:
@@ -192,7 +222,7 @@ class Decoder(nn.Module, ABC):
         outputs, positions, attention = run(inputs, state, memory, real, bptt_window, trace)
         positions = positions.to(features.device, non_blocking=True)
         return DecoderOutput(
-            self.output(outputs),
+            self.logits(*outputs),
             targets[tuple(positions.unbind(1))],
             positions,
             (targets.shape[0], targets.shape[1], targets.shape[2]),
@@ -207,7 +237,7 @@ class Decoder(nn.Module, ABC):
         real: Tensor,
         bptt_window: int,
         trace: list[State] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
         """Run over whole captions; a decoder that has a fused module for it overrides this.
 
         Args:
@@ -219,7 +249,7 @@ class Decoder(nn.Module, ABC):
             trace: As in ``teacher_forcing``.
 
         Returns:
-            The outputs (tokens, O), the positions (tokens, 3) on the CPU, and the attention of each
+            The outputs (tokens, …), the positions (tokens, 3) on the CPU, and the attention of each
             caption summed over its steps, (captions, N), or None.
         """
         return self.run_steps(inputs, state, memory, real, bptt_window, trace)
@@ -232,7 +262,7 @@ class Decoder(nn.Module, ABC):
         real: Tensor,
         bptt_window: int,
         trace: list[State] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
         """Run over captions step by step; see ``run_sequence``.
 
         Captions that have ended take no further steps where those after them have ended too.
@@ -242,14 +272,15 @@ class Decoder(nn.Module, ABC):
         if trace is not None:  # where the first state is a constant, its gradient shows too
             state = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in state)
             trace.append(state)
+        words = self._words_of_steps(inputs, sizes)
         outputs, attention = [], None
         for t, (b, k) in enumerate(sizes):
-            memory = tuple(part[:b] for part in memory)
-            state = tuple(part[:b, :k] for part in state)
+            memory = tuple(_first(part, b) for part in memory)
+            state = tuple(_first(part, b, k) for part in state)
             if bptt_window and t and t % bptt_window == 0:
                 state = tuple(part.detach() for part in state)
-            output, state, weights = self.step(inputs[:b, :k, t], state, memory)
-            outputs.append(output.flatten(0, 1))
+            output, state, weights = self.step(inputs[:b, :k, t], words[t], state, memory)
+            outputs.append([part.flatten(0, 1) for part in output])
             if trace is not None:
                 trace.append(state)
             if weights is not None:
@@ -259,7 +290,20 @@ class Decoder(nn.Module, ABC):
                 attention = weights if attention is None else attention + weights
         if attention is not None:
             attention = attention[real.any(-1)]
-        return torch.cat(outputs)[rows.to(inputs.device)], positions, attention
+        columns, rows = zip(*outputs, strict=True), rows.to(inputs.device)
+        return tuple(torch.cat(parts)[rows] for parts in columns), positions, attention
+
+    def _words_of_steps(
+        self, inputs: Tensor, sizes: list[tuple[int, int]]
+    ) -> list[tuple[Tensor, ...]]:
+        """Return what each step takes of its words, (b, k, …) each, computed for all at once."""
+        token_ids = [inputs[:b, :k, t].flatten() for t, (b, k) in enumerate(sizes)]
+        whole = self.word_inputs(torch.cat(token_ids))
+        parts = zip(*(part.split([b * k for b, k in sizes]) for part in whole), strict=True)
+        return [
+            tuple(part.unflatten(0, size) for part in step)
+            for step, size in zip(parts, sizes, strict=True)
+        ]
 
     def attention_maps(self, features: Tensor, token_ids: Tensor) -> Tensor | None:
         """Return what is attended to after each token; None for a decoder without attention.
@@ -275,11 +319,38 @@ class Decoder(nn.Module, ABC):
         state = tuple(part.expand(-1, token_ids.shape[1], *part.shape[2:]) for part in state)
         maps = []
         for tokens in token_ids.unbind(2):
-            _, state, weights = self.step(tokens, state, memory)
+            _, state, weights = self.step(tokens, self.word_inputs(tokens), state, memory)
             if weights is None:
                 return None
             maps.append(weights)
         return torch.stack(maps, 2)
+
+
+class TiedLinear(nn.Module):
+    """Logits by the products with all word vectors, and a bias.
+
+    Args:
+        embedding: The word vectors; they stay its own, in parameters and checkpoints.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, where nn.Module doesn't take it for a child
+        self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings))
+
+    @property
+    def weight(self) -> Tensor:
+        """The word vectors, (V, E)."""
+        return self._embedding[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (…, V) for (…, E)."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def _first(x: Tensor, *sizes: int) -> Tensor:
+    """Return x[:b] or x[:b, :k]; x itself where that is all: its gradient is copied less often."""
+    return x if x.shape[: len(sizes)] == sizes else x[tuple(slice(size) for size in sizes)]
 
 
 def _active_rectangles(real: Tensor) -> tuple[list[tuple[int, int]], Tensor, Tensor]:

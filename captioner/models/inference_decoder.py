@@ -19,7 +19,7 @@ from torch.nn.functional import embedding, linear
 
 from captioner.data.vocabulary import PAD
 from captioner.models.attention import AdditiveAttention, attend
-from captioner.models.decoder import Decoder, Memory, State
+from captioner.models.decoder import Decoder, Memory, State, TiedLinear
 from captioner.models.packed_linear import PackedLinear, round_rows
 from captioner.models.recurrent import RecurrentStack
 from captioner.models.recurrent_cells import states_per_layer, step_layers
@@ -60,8 +60,8 @@ class InferenceDecoder:
 
 def _replace_layers(module: nn.Module, dtype: torch.dtype) -> None:
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear.from_layer(child, dtype))
+        if isinstance(child, nn.Linear | TiedLinear):
+            setattr(module, name, PackedLinear(child.weight, child.bias, dtype))
         elif isinstance(child, RecurrentStack):
             setattr(module, name, _PackedRecurrence(child, dtype))
         elif isinstance(child, AdditiveAttention) and child.key.weight.device.type == "cpu":
@@ -151,25 +151,31 @@ class _PowerAttention(nn.Module):
         keys = self.key(features)
         return features, _power(keys), (keys.abs() > MAX_KEY).flatten(1).any(1)
 
-    def forward(self, hidden: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, memory: tuple[Tensor, ...], sentinel_key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See ``AdditiveAttention.forward``."""
         features, powers, far = memory
         query = self.query(hidden)
         scores = self._scores_of_powers(powers, _power(query))
         if far.any():
             keys = self.key(features[far])
-            half_tanh = torch.tanh(keys.unsqueeze(1) + query[far].unsqueeze(2)).mul_(-0.5)
-            scores[far] = linear(half_tanh, self.score_weight).squeeze(-1)
-        return attend(scores, features)
+            scores[far] = self._scores_of_sums(keys.unsqueeze(1) + query[far].unsqueeze(2))
+        sentinel = None if sentinel_key is None else self._scores_of_sums(sentinel_key + query)
+        return attend(scores, features, sentinel)
+
+    def _scores_of_sums(self, sums: Tensor) -> Tensor:
+        """Return (…, M) for k + q (…, A), without powers."""
+        return linear((1 - torch.tanh(sums)).mul_(0.5), self.score_weight)
 
     def _scores_of_powers(self, keys: Tensor, query: Tensor) -> Tensor:
-        """Return scores (B, K, N) for keys (B, N, A) and queries (B, K, A)."""
+        """Return scores (B, K, N, M) for keys (B, N, A) and queries (B, K, A)."""
         images = max(1, ATTENTION_CHUNK // (keys[0].numel() * query.shape[1]))
         chunks = []
         for key_chunk, query_chunk in zip(keys.split(images), query.split(images), strict=True):
             one, key, query = keys.new_ones(()), key_chunk.unsqueeze(1), query_chunk.unsqueeze(2)
             sums = torch.addcmul(one, key, query)
-            chunks.append(linear(sums.reciprocal_(), self.score_weight).squeeze(-1))
+            chunks.append(linear(sums.reciprocal_(), self.score_weight))
         return torch.cat(chunks)
 
 

@@ -3,7 +3,6 @@
 Single steps are taken from the same weights by the equations of ``models.recurrent_cells``.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from captioner.device import without_autocast
 from captioner.models.recurrent_cells import (
     CELL_STEPS,
     CELLS,
@@ -199,7 +199,7 @@ class RecurrentStack(nn.Module):
         dtype = _fused_dtype(weights[0])
         state = tuple(part.to(dtype).contiguous() for part in state)  # for cuDNN
         batch_first = (True,) if len(inputs) == 1 else ()
-        with _without_autocast(weights[0].device.type):
+        with without_autocast(weights[0].device):
             output, *new = FUSED_KERNELS[self.cell](
                 inputs[0].to(dtype),
                 *inputs[1:],
@@ -288,21 +288,3 @@ def _fused_dtype(weight: Tensor) -> torch.dtype:
     """
     is_cast = torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32
     return torch.get_autocast_dtype("cpu") if is_cast and weight.is_cpu else weight.dtype
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
-
-
-def _fused_module(
-    cell: str, input_size: int, hidden_size: int, layers: int, dropout: float
-) -> nn.RNNBase:
-    sizes = (input_size, hidden_size, layers)
-    dropout = dropout if layers > 1 else 0.0
-    if cell == "lstm":
-        return nn.LSTM(*sizes, batch_first=True, dropout=dropout)
-    if cell == "gru":
-        return nn.GRU(*sizes, batch_first=True, dropout=dropout)
-    activation = cell.removeprefix("rnn_")
-    return nn.RNN(*sizes, nonlinearity=activation, batch_first=True, dropout=dropout)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from captioner.models.dropout import Dropout
+
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 # How the recurrent weights of each gate, (H, H), begin.
@@ -159,7 +161,7 @@ class CellStack(nn.Module):
         self.from_below = nn.ModuleList(
             self.input_projections(hidden_size)[0] for _ in range(layers - 1)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def input_projections(self, *sizes: int) -> list[nn.Linear]:
         """Return W_x of a layer, cut into one linear layer for each part of its input.

@@ -3,18 +3,28 @@
 from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
+from captioner.errors import ConfigError
 from captioner.models.decoder import Decoder, Memory, State, StepOutput
 from captioner.models.recurrent import RecurrentStack
 from captioner.models.recurrent_cells import states_per_layer
 
 
 class ShowAndTell(Decoder):
-    """Vinyals et al. 2015, eq. 10-12; teacher forcing is one fused call over the sequence."""
+    """Vinyals et al. 2015, eq. 10-12; teacher forcing is one fused call over the sequence.
+
+    Raises:
+        ConfigError: Attention heads are asked for.
+    """
 
     pooled = True
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
         super().__init__(config, vocabulary_size, feature_width)
+        if config.attention_heads != 1:
+            raise ConfigError(
+                "decoder.attention_heads: decoder.kind = show_and_tell has no attention; 1 was "
+                f"expected, found {config.attention_heads}"
+            )
         self.image = nn.Linear(feature_width, config.embedding_size)
         self.recurrence = RecurrentStack(
             config.cell,
@@ -26,11 +36,12 @@ class ShowAndTell(Decoder):
             initialisation=config.recurrent_initialisation,
             forget_bias=config.forget_bias,
         )
-        self.output = nn.Linear(config.hidden_size, vocabulary_size)
+        self.output = self.output_layer(config.hidden_size)
 
     def init_state(self, features: Tensor) -> tuple[State, Memory]:
         """Take the image as the first input, x(-1); see ``Decoder.init_state``."""
-        image = self.dropout(self.image(features.mean(1, keepdim=True)))  # (B, 1, E)
+        features = self.feature_norm(features.mean(1, keepdim=True))
+        image = self.dropout(self.image(features))  # (B, 1, E)
         zeros = self.recurrence.zero_state(image)
         return self.recurrence.step(self.recurrence.project(image), zeros), ()
 
@@ -38,15 +49,15 @@ class ShowAndTell(Decoder):
         """Return W_x x + b of each word, (…, gates * H)."""
         return (self.recurrence.project(self.dropout(self.embedding(token_ids))),)
 
-    def step(self, token_ids: Tensor, state: State, memory: Memory) -> StepOutput:
+    def step(
+        self, token_ids: Tensor, words: tuple[Tensor, ...], state: State, memory: Memory
+    ) -> StepOutput:
         """See ``Decoder.step``."""
-        output, *new_state = self.active_rows(self._advance, token_ids, *state)
-        return StepOutput(output, tuple(new_state))
+        state = self.active_rows(self._advance, token_ids, *words, *state)
+        return StepOutput((state[-states_per_layer(self.config.cell)],), state)
 
-    def _advance(self, token_ids: Tensor, *state: Tensor) -> State:
-        (projected,) = self.word_inputs(token_ids)
-        state = self.recurrence.step(projected, state)
-        return self.dropout(state[-states_per_layer(self.config.cell)]), *state
+    def _advance(self, _: Tensor, projected: Tensor, *state: Tensor) -> State:
+        return self.recurrence.step(projected, state)
 
     def run_sequence(
         self,
@@ -56,8 +67,8 @@ class ShowAndTell(Decoder):
         real: Tensor,
         bptt_window: int,
         trace: list[State] | None = None,
-    ) -> tuple[Tensor, Tensor, None]:
+    ) -> tuple[tuple[Tensor], Tensor, None]:
         """Run all steps in one fused call; see ``Decoder.run_sequence``."""
         words = self.dropout(self.embedding(inputs.flatten(0, 1)))  # (B * K, T, E)
         hidden = self.recurrence(words, self.recurrence.stack_state(state), bptt_window=bptt_window)
-        return self.dropout(hidden[real.flatten(0, 1)]), real.nonzero(), None
+        return (hidden[real.flatten(0, 1)],), real.nonzero(), None

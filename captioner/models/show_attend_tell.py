@@ -18,7 +18,9 @@ class ShowAttendTell(Decoder):
         self.per_layer = states_per_layer(config.cell)
         self.feature = nn.Linear(feature_width, width) if config.feature_size else nn.Identity()
         self.initial = nn.Linear(width, hidden * config.layers * self.per_layer)
-        self.attention = AdditiveAttention(width, hidden, config.attention_size)
+        self.attention = AdditiveAttention(
+            width, hidden, config.attention_size, config.attention_heads
+        )
         self.gate = nn.Linear(hidden, width)
         self.cells = CellStack(
             config.cell,
@@ -32,11 +34,11 @@ class ShowAttendTell(Decoder):
             config.embedding_size, width
         )
         self.deep_output = nn.Linear(hidden + width, config.embedding_size)
-        self.output = nn.Linear(config.embedding_size, vocabulary_size)
+        self.output = self.output_layer(config.embedding_size)
 
     def init_state(self, features: Tensor) -> tuple[State, Memory]:
         """Return the first state (section 3.1.2) and what attention makes of the image."""
-        features = self.dropout(self.feature(features))
+        features = self.dropout(self.feature(self.feature_norm(features)))
         initial = torch.tanh(self.initial(features.mean(1)))  # (B, L * states * H)
         state = initial.unflatten(1, (1, -1, self.config.hidden_size)).unbind(2)
         return state, self.attention.prepare(features)
@@ -46,16 +48,24 @@ class ShowAttendTell(Decoder):
         words = self.dropout(self.embedding(token_ids))
         return self.word_projection(words), words
 
-    def step(self, token_ids: Tensor, state: State, memory: Memory) -> StepOutput:
+    def step(
+        self, token_ids: Tensor, words: tuple[Tensor, ...], state: State, memory: Memory
+    ) -> StepOutput:
         """Attend to the image by the last state (eq. 4-6), then advance."""
-        context, weights = self.attention(state[-self.per_layer], memory)
-        output, *new_state = self.active_rows(self._advance, token_ids, context, *state)
-        return StepOutput(output, tuple(new_state), weights)
+        projected, vectors = words
+        context, weights, _ = self.attention(state[-self.per_layer], memory)
+        gated, *new_state = self.active_rows(self._advance, token_ids, projected, context, *state)
+        hidden = new_state[-self.per_layer]
+        return StepOutput((vectors, hidden, gated), tuple(new_state), weights)
 
-    def _advance(self, token_ids: Tensor, context: Tensor, *state: Tensor) -> State:
-        projected, words = self.word_inputs(token_ids)
+    def _advance(self, _: Tensor, projected: Tensor, context: Tensor, *state: Tensor) -> State:
         context = torch.sigmoid(self.gate(state[-self.per_layer])) * context  # section 4.2.1
-        state = self.cells.step(projected + self.context_projection(context), state)  # eq. 1-3
-        hidden = self.dropout(state[-self.per_layer])
-        output = words + self.deep_output(torch.cat([hidden, context], -1))  # eq. 7
-        return self.dropout(output), *state
+        return context, *self.cells.step(projected + self.context_projection(context), state)
+
+    def logits(self, *output: Tensor) -> Tensor:
+        """Return the deep output of word, hidden state and context (eq. 7)."""
+        words, hidden, context = output
+        hidden = self.dropout(self.output_norm(hidden))
+        deep = words + self.deep_output(torch.cat([hidden, context], -1))
+        logits: Tensor = self.output(self.dropout(deep))
+        return logits

@@ -15,7 +15,9 @@ from captioner.commands import COMMANDS, main
 from captioner.errors import CaptionerError, DataError, UsageError
 
 ROOT = Path(__file__).parents[2]
-TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+TOOLS = sorted(
+    path.name for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()
+)
 
 
 def python(*words: object, **options) -> subprocess.CompletedProcess:

@@ -1,9 +1,10 @@
-"""Both decoders: teacher forcing equals stepping, padding is free, gradients are right."""
+"""All decoders: teacher forcing equals stepping, padding is free, gradients are right."""
 
 from itertools import product
 
 import pytest
 import torch
+from decoder_settings import KINDS, KINDS_AND_CELLS, KINDS_CELLS_AND_LAYERS, most_layers
 from torch import nn
 
 from captioner.config import DecoderConfig
@@ -15,7 +16,6 @@ from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.recurrent_cells import CELLS
 from captioner.models.show_and_tell import ShowAndTell
 
-KINDS = ("show_and_tell", "show_attend_tell")
 VOCABULARY, WIDTH, REGIONS = 12, 6, 5
 
 # Unequal lengths; images with fewer captions than K = 3; the longest first, as in training, and
@@ -63,7 +63,7 @@ def by_target(output) -> list[tuple[int, list[float]]]:
     return sorted((target, [round(value, 9) for value in row]) for target, row in rows)
 
 
-@pytest.mark.parametrize(("kind", "cell", "layers"), list(product(KINDS, CELLS, [1, 2])))
+@pytest.mark.parametrize(("kind", "cell", "layers"), KINDS_CELLS_AND_LAYERS)
 def test_teacher_forcing_equals_stepping(kind, cell, layers):
     decoder = make(kind, cell, layers)
     features, token_ids = features_of(CAPTIONS), pad(CAPTIONS)
@@ -103,7 +103,7 @@ def test_log_probabilities_are_those_of_whole_captions_with_gradient(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_feature_size_and_the_cnns_own_width(kind):
-    for feature_size in (0, 4):
+    for feature_size in (0, 9):
         decoder = make(kind, feature_size=feature_size)
         features, token_ids = features_of(CAPTIONS), pad(CAPTIONS)
         output = decoder.teacher_forcing(features, token_ids)
@@ -113,9 +113,9 @@ def test_feature_size_and_the_cnns_own_width(kind):
     assert make("show_attend_tell", feature_size=0).gate.out_features == WIDTH
 
 
-@pytest.mark.parametrize(("kind", "cell"), list(product(KINDS, CELLS)))
+@pytest.mark.parametrize(("kind", "cell"), KINDS_AND_CELLS)
 def test_batched_equals_one_image_at_a_time(kind, cell):
-    decoder = make(kind, cell, 2)
+    decoder = make(kind, cell, most_layers(kind))
     features = features_of(CAPTIONS)
     together = by_target(decoder.teacher_forcing(features, pad(CAPTIONS)))
     single = []
@@ -138,7 +138,7 @@ def loss_and_gradients(decoder, features, token_ids):
     return loss.detach(), [parameter.grad.clone() for parameter in decoder.parameters()]
 
 
-@pytest.mark.parametrize(("kind", "cell"), list(product(KINDS, CELLS)))
+@pytest.mark.parametrize(("kind", "cell"), KINDS_AND_CELLS)
 def test_padding_never_changes_loss_or_gradients(kind, cell):
     decoder = make(kind, cell)
     features, token_ids = features_of(CAPTIONS), pad(CAPTIONS)
@@ -166,9 +166,10 @@ class Loss(nn.Module):
         return total if output.attention is None else total + output.attention.square().sum()
 
 
-@pytest.mark.parametrize(("kind", "cell"), list(product(KINDS, CELLS)))
+@pytest.mark.parametrize(("kind", "cell"), KINDS_AND_CELLS)
 def test_gradients_equal_finite_differences(kind, cell):
-    loss = Loss(make(kind, cell, 2, embedding_size=3, hidden_size=2, attention_size=2))
+    sizes = {"embedding_size": 3, "hidden_size": 2, "attention_size": 2}
+    loss = Loss(make(kind, cell, most_layers(kind), **sizes))
     captions = [[[4, 5], [6]], [[7]]]
     features, token_ids = features_of(captions)[:, :2].requires_grad_(), pad(captions)
     names, values = zip(*loss.named_parameters(), strict=True)
@@ -182,10 +183,10 @@ def test_gradients_equal_finite_differences(kind, cell):
 
 
 @pytest.mark.parametrize(
-    ("kind", "cell", "feature_size"), [(k, c, f) for k in KINDS for c in CELLS for f in (0, 4)]
+    ("kind", "cell", "feature_size"), [(*each, size) for each in KINDS_AND_CELLS for size in (0, 9)]
 )
 def test_every_parameter_gets_a_gradient(kind, cell, feature_size):
-    decoder = make(kind, cell, layers=2, feature_size=feature_size)
+    decoder = make(kind, cell, most_layers(kind), feature_size=feature_size)
     loss_and_gradients(decoder, features_of(CAPTIONS), pad(CAPTIONS))
     for name, parameter in decoder.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
@@ -229,7 +230,7 @@ def test_attention_follows_the_papers_equations():
     features = features_of(CAPTIONS)
     _, memory = decoder.init_state(features)
     hidden = torch.randn(len(CAPTIONS), 3, 9, dtype=torch.float64)
-    context, weights = decoder.attention(hidden, memory)
+    context, weights, _ = decoder.attention(hidden, memory)
     assert weights.shape == (len(CAPTIONS), 3, REGIONS)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     for b, k in product(range(len(CAPTIONS)), range(3)):
@@ -308,7 +309,7 @@ def test_one_image_with_far_keys_changes_nothing_for_the_others():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_acts_in_training_alone(kind):
-    decoder = make(kind, layers=2, dropout=0.5)
+    decoder = make(kind, layers=most_layers(kind), dropout=0.5)
     features, token_ids = features_of(CAPTIONS), pad(CAPTIONS)
     one, other = (decoder.teacher_forcing(features, token_ids).logits for _ in range(2))
     assert not torch.equal(one, other)
@@ -342,10 +343,10 @@ def test_teacher_forcing_waits_for_no_device(kind):
 # --- remedies ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "cell"), list(product(KINDS, CELLS)))
+@pytest.mark.parametrize(("kind", "cell"), KINDS_AND_CELLS)
 def test_how_weights_begin_is_the_settings_choice(kind, cell):
     changes = {"recurrent_initialisation": "identity", "forget_bias": -2.0}
-    config = DecoderConfig(kind=kind, cell=cell, layers=2, hidden_size=9, **changes)
+    config = DecoderConfig(kind=kind, cell=cell, layers=most_layers(kind), hidden_size=9, **changes)
     decoder = make_decoder(config, VOCABULARY, WIDTH)
     parameters = dict(decoder.named_parameters())
     recurrent = [
@@ -356,7 +357,7 @@ def test_how_weights_begin_is_the_settings_choice(kind, cell):
         assert all(torch.equal(gate, torch.eye(9)) for gate in parameters[name].split(9))
     for names in (
         ("recurrence.fused.bias_ih_l0", "word_projection.bias"),
-        ("recurrence.fused.bias_ih_l1", "cells.from_below.0.bias"),
+        ("recurrence.fused.bias_ih_l1", "cells.from_below.0.bias", "hidden_projection.bias"),
     ):
         (bias,) = [parameters[name] for name in names if name in parameters]
         assert bias.tolist() == [
@@ -364,10 +365,10 @@ def test_how_weights_begin_is_the_settings_choice(kind, cell):
         ]
 
 
-@pytest.mark.parametrize(("kind", "cell"), list(product(KINDS, CELLS)))
+@pytest.mark.parametrize(("kind", "cell"), KINDS_AND_CELLS)
 def test_truncation_by_hand(kind, cell):
     """A decoder that is stepped by hand and cut every 2 tokens has the gradients of window 2."""
-    decoder = make(kind, cell, 2)
+    decoder = make(kind, cell, most_layers(kind))
     features, token_ids = features_of(CAPTIONS[:1]), pad([[CAPTIONS[0][0]]])
 
     def of_window(window: int) -> list[torch.Tensor]:

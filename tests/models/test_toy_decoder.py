@@ -36,11 +36,12 @@ class LanguageModel(Decoder):
         zeros = features.new_zeros((len(features), 1, self.config.hidden_size))
         return (zeros,) * (self.config.layers * states_per_layer(self.config.cell)), ()
 
-    def step(self, token_ids: Tensor, state: State, memory: Memory) -> StepOutput:
+    def step(
+        self, token_ids: Tensor, words: tuple[Tensor, ...], state: State, memory: Memory
+    ) -> StepOutput:
         """Take one recurrent step on the word."""
-        (words,) = self.word_inputs(token_ids)
-        state = self.cells.step(self.project(words), state)
-        return StepOutput(self.dropout(state[-states_per_layer(self.config.cell)]), state)
+        state = self.cells.step(self.project(words[0]), state)
+        return StepOutput((state[-states_per_layer(self.config.cell)],), state)
 
 
 @pytest.fixture(autouse=True)

@@ -50,6 +50,7 @@ def test_a_setting_whose_name_begins_with_no_has_an_opposite(
         config = json.loads((checkpoint / "config.json").read_text())
         config["search"]["no_repeat_word"] = of_checkpoint
         (checkpoint / "config.json").write_text(json.dumps(config))
+        (checkpoint / "SHA256SUMS").unlink(missing_ok=True)
         for flags, forbids in (
             ([], of_checkpoint),
             (["--no-repeat-word"], True),

@@ -30,6 +30,7 @@ def change_circumstances(run, change):
     state = torch.load(path, weights_only=True)
     change(state["circumstances"])
     torch.save(state, path)
+    (run / "last/SHA256SUMS").unlink()
 
 
 def test_image_files_that_have_changed_are_refused(config, run, tmp_path):

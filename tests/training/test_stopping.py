@@ -184,7 +184,8 @@ def test_the_line_of_an_epoch_survives_a_kill_at_its_end(experiment, tmp_path, s
 # Leaves a process no more memory than it has, from a certain place on. The system has got the
 # memory of each gradient back (see TrainingServer), and would have to give it again.
 SCARCE = """
-import resource
+import ctypes, resource
+ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX: no thread has memory of its own to fall back on
 resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))  # memory is given back, see device.py
 import captioner.training.trainer as trainer
 original = trainer.Trainer.{place}
