@@ -288,3 +288,16 @@ def _fused_dtype(weight: Tensor) -> torch.dtype:
     """
     is_cast = torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32
     return torch.get_autocast_dtype("cpu") if is_cast and weight.is_cpu else weight.dtype
+
+
+def _fused_module(
+    cell: str, input_size: int, hidden_size: int, layers: int, dropout: float
+) -> nn.RNNBase:
+    sizes = (input_size, hidden_size, layers)
+    dropout = dropout if layers > 1 else 0.0
+    if cell == "lstm":
+        return nn.LSTM(*sizes, batch_first=True, dropout=dropout)
+    if cell == "gru":
+        return nn.GRU(*sizes, batch_first=True, dropout=dropout)
+    activation = cell.removeprefix("rnn_")
+    return nn.RNN(*sizes, nonlinearity=activation, batch_first=True, dropout=dropout)
