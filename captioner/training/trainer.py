@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +44,7 @@ from captioner.training.resume import (
 )
 from captioner.training.schedule import learning_rate_factor, make_optimizer, set_learning_rates
 from captioner.training.stopping import StopSignals, memory_errors
-from captioner.training.tracking import JsonLog, Tracker, read_log
+from captioner.training.tracking import JsonLog, Meter, Tracker, read_log
 
 PREDICTIONS_FILE = "val_predictions.json"
 VALIDATION_METRICS = ("BLEU", "ROUGE-L", "CIDEr-D")
@@ -131,17 +132,17 @@ class Trainer:
         samples = val_set.select(range(min(len(val_set), self.config.wandb.sample_images)))
         thumbnails = [load_thumbnail(path) for path in samples.paths]
         if training.init_from and not self.state.best_scores:
-            self._keep_initial_scores(*self._validate(val_set, val_inputs))
+            self._keep_initial_scores(self._validate(val_set, val_inputs))
         while self.state.epoch < training.epochs and not self._out_of_patience():
             with memory_errors(self._memory_advice):
                 self._train_epoch(epochs.epoch(self.state.epoch), train_inputs, objective)
-            scores, captions, seconds = self._validate(val_set, val_inputs)
-            self._finish_epoch(scores, captions, seconds)
+            validation = self._validate(val_set, val_inputs)
+            self._finish_epoch(validation)
             self.tracker.log_samples(
                 self.state.step,
                 self.state.epoch,
                 thumbnails,
-                [captions[image_id] for image_id in samples.image_ids],
+                [validation.captions[image_id] for image_id in samples.image_ids],
                 samples.captions,
             )
         self._finish_run()
@@ -267,13 +268,8 @@ class Trainer:
             },
         )
 
-    def _validate(
-        self, val_set: CaptionDataset, val_inputs: Inputs
-    ) -> tuple[dict[str, float], dict[ImageId, str], float]:
-        """Return the scores of freely decoded captions, these captions, and the seconds it took.
-
-        Whatever ends it early, a resumed run begins it anew.
-        """
+    def _validate(self, val_set: CaptionDataset, val_inputs: Inputs) -> "Validation":
+        """Caption freely and score; whatever ends it early, a resumed run begins it anew."""
         started = time.monotonic()
         self._save("last")
         size = self.config.validation.batch_size
@@ -286,8 +282,8 @@ class Trainer:
             captions = self.caption(val_set, val_inputs)
         scores = compute_metrics(captions, val_set.references, VALIDATION_METRICS)
         statistics = describe([tokenize(caption) for caption in captions.values()])
-        scores |= {name: statistics[name] for name in STATISTICS}
-        return scores, captions, time.monotonic() - started
+        chosen = {name: statistics[name] for name in STATISTICS}
+        return Validation(scores, chosen, captions, time.monotonic() - started)
 
     def caption(self, dataset: CaptionDataset, inputs: Inputs) -> dict[ImageId, str]:
         """Caption images by free-running search; one that can't be read any more gets ""."""
@@ -308,47 +304,38 @@ class Trainer:
                 self.stop_signals.raise_if_received()
         return captions
 
-    def _keep_initial_scores(
-        self, scores: dict[str, float], captions: dict[ImageId, str], seconds: float
-    ) -> None:
+    def _keep_initial_scores(self, validation: "Validation") -> None:
         """Keep the checkpoint that a run begins with as its best so far."""
         state, metric = self.state, self.config.validation.metric
-        state.best_scores = scores
-        self.log.write(kind="start", step=0, epoch=0, validation_seconds=seconds, **scores)
-        self._save("best", captions)
-        self._save("last", captions)
-        self.tracker.log(0, {f"validation/{name}": score for name, score in scores.items()})
+        state.best_scores = validation.scores
+        self.log.write(kind="start", step=0, epoch=0, **validation.values())
+        self._save("best", validation.captions)
+        self._save("last", validation.captions)
+        self.tracker.log(0, validation.values("validation/"))
         log_line(
             f"{self.config.training.init_from} to begin with: validation {metric} "
-            f"{scores[metric]:.4f}"
+            f"{validation.scores[metric]:.4f}"
         )
 
-    def _finish_epoch(
-        self, scores: dict[str, float], captions: dict[ImageId, str], seconds: float
-    ) -> None:
+    def _finish_epoch(self, validation: "Validation") -> None:
         """Log an epoch, keep its checkpoint, and the best one."""
         state, metric = self.state, self.config.validation.metric
-        train_seconds = state.seconds + self.meter.seconds - seconds
+        train_seconds = state.seconds + self.meter.seconds - validation.seconds
+        scores = validation.scores
         is_best = not state.best_scores or scores[metric] > state.best_scores[metric]
         loss = state.loss / max(1, state.tokens)
         state.epoch += 1
         state.batch, state.loss, state.tokens, state.seconds = 0, 0.0, 0, 0.0
-        values = {"loss": loss, "train_seconds": train_seconds, "validation_seconds": seconds}
+        values = {"loss": loss, "train_seconds": train_seconds, **validation.values()}
         # Before the checkpoint, which says how long the log is: a process that is killed in
         # between takes the epoch's end again, and writes this line again.
-        self.log.write(kind="epoch", step=state.step, epoch=state.epoch, **values, **scores)
+        self.log.write(kind="epoch", step=state.step, epoch=state.epoch, **values)
         if is_best:
             state.best_epoch, state.best_scores = state.epoch, scores
-            self._save("best", captions)
-        self._save("last", captions)
-        self.tracker.log(
-            state.step,
-            {
-                "epoch": state.epoch,
-                "train/epoch_loss": loss,
-                **{f"validation/{name}": score for name, score in scores.items()},
-            },
-        )
+            self._save("best", validation.captions)
+        self._save("last", validation.captions)
+        measured = validation.values("validation/")
+        self.tracker.log(state.step, {"epoch": state.epoch, "train/epoch_loss": loss, **measured})
         log_line(
             f"epoch {state.epoch}: loss {loss:.3f}, validation {metric} {scores[metric]:.4f}"
             f"{' (best so far)' if is_best else ''}"
@@ -403,37 +390,26 @@ class Trainer:
             save_checkpoint(model, aside, scores)  # last: its checksums are of all files
 
 
-class Meter:
-    """Mean loss and rates since the last log line."""
+@dataclass(frozen=True)
+class Validation:
+    """What a validation gave.
 
-    def __init__(self) -> None:
-        self._since, self._tokens, self._images = time.monotonic(), 0, 0
-        self._values: list[dict[str, float]] = []
+    Attributes:
+        scores: Of the freely decoded captions, each metric's.
+        statistics: What these captions are like: see ``STATISTICS``.
+        captions: By image id.
+        seconds: How long it took.
+    """
 
-    @property
-    def seconds(self) -> float:
-        """Seconds since it was made."""
-        return time.monotonic() - self._since
+    scores: dict[str, float]
+    statistics: dict[str, float]
+    captions: dict[ImageId, str]
+    seconds: float
 
-    def add(self, tokens: int, images: int, values: dict[str, float]) -> None:
-        """Count an optimiser step, with its loss and what else is logged of it."""
-        self._values.append(values)
-        self._tokens += tokens
-        self._images += images
-
-    def means(self) -> dict[str, float]:
-        """Return the mean over the steps of each value."""
-        return {
-            name: sum(values[name] for values in self._values) / len(self._values)
-            for name in self._values[0]
-        }
-
-    def rates(self) -> dict[str, float]:
-        """Return tokens and images a second."""
-        return {
-            "tokens_per_second": self._tokens / self.seconds,
-            "images_per_second": self._images / self.seconds,
-        }
+    def values(self, prefix: str = "") -> dict[str, float]:
+        """Return all numbers, for the log."""
+        numbers = {"validation_seconds": self.seconds, **self.scores, **self.statistics}
+        return {f"{prefix}{name}": value for name, value in numbers.items()}
 
 
 def _token_ids_of(batch: Batch, images: Sequence[int]) -> Tensor:
