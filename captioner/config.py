@@ -6,10 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from captioner.checks import (
+    check_at_least,
+    check_between,
+    check_positive,
+    check_share,
+    default_of,
+    expected_error,
+)
 from captioner.errors import ConfigError
 
 Cell = Literal["lstm", "gru", "rnn_tanh", "rnn_relu"]
 Initialisation = Literal["orthogonal", "xavier", "identity"]
+Objective = Literal["cross_entropy", "self_critical"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_at_least(self, min_word_count=1, max_words=1, workers=-1)
+        check_at_least(self, min_word_count=1, max_words=1, workers=-1)
 
     def path(self, name: str) -> Path:
         """Return the path in the field ``name``, with ``root`` before it."""
@@ -87,11 +96,11 @@ class PreprocessingConfig:
             )
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
-                raise _expected(self, name, "three numbers (red, green, blue)")
+                raise expected_error(self, name, "three numbers (red, green, blue)")
         if not all(map(math.isfinite, self.mean)):
-            raise _expected(self, "mean", "three finite numbers")
+            raise expected_error(self, "mean", "three finite numbers")
         if not all(0 < value < math.inf for value in self.std):
-            raise _expected(self, "std", "three numbers above 0")
+            raise expected_error(self, "std", "three numbers above 0")
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_positive(self, "learning_rate")
+        check_positive(self, "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -170,11 +179,11 @@ class DecoderConfig:
         widths = dict.fromkeys(("embedding_size", "hidden_size", "attention_size"), (1, 32_768))
         check_between(self, layers=(1, 32), **widths, feature_size=(0, 32_768))
         check_between(self, attention_heads=(1, 1024))
-        _check_at_least(self, attention_regularisation=0.0)
-        _check_positive(self, "embedding_scale")
+        check_at_least(self, attention_regularisation=0.0)
+        check_positive(self, "embedding_scale")
         if not math.isfinite(self.forget_bias):
-            raise _expected(self, "forget_bias", "a finite number")
-        _check_share(self, "dropout")
+            raise expected_error(self, "forget_bias", "a finite number")
+        check_share(self, "dropout")
 
 
 @dataclass(frozen=True)
@@ -182,6 +191,8 @@ class TrainingConfig:
     """The training run.
 
     Attributes:
+        objective: "cross_entropy" with people's captions, or "self_critical": the reward of sampled
+            ones (see ``SelfCriticalConfig``), from a model that can caption already.
         epochs: Passes over the training images.
         batch_size: Images in a batch.
         captions_per_image: Captions of each image in a batch, drawn anew each epoch where an
@@ -199,6 +210,9 @@ class TrainingConfig:
         init_from: A checkpoint (``runs/a/best``) whose weights, vocabulary and CNN the run begins
             with, in place of new ones; the experiment must fit it. "" begins anew.
         label_smoothing: Probability mass spread over the other words.
+        average_decay: Validation and ``best`` take a moving average of the weights: at each step so
+            much of the average stays (0.99, say), less in the first steps; 0 takes the weights
+            themselves.
         precision: "auto" is bfloat16 where the device computes in it, else float32.
         device: "auto" is CUDA, else MPS, else CPU.
         seed: Seed of weights, batches and dropout.
@@ -210,6 +224,7 @@ class TrainingConfig:
             the end of each epoch alone.
     """
 
+    objective: Objective = "cross_entropy"
     epochs: int = 20
     batch_size: int = 64
     captions_per_image: int = 5
@@ -222,6 +237,7 @@ class TrainingConfig:
     bptt_window: int = 0
     accumulation_steps: int = 1
     label_smoothing: float = 0.1
+    average_decay: float = 0.0
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"
     seed: int = 0
@@ -233,14 +249,43 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_at_least(self, epochs=1, batch_size=1, captions_per_image=1, accumulation_steps=1)
-        _check_at_least(
+        check_at_least(self, epochs=1, batch_size=1, captions_per_image=1, accumulation_steps=1)
+        check_at_least(
             self, weight_decay=0.0, warmup_steps=0, gradient_clip=0.0, patience=0, seed=0
         )
-        _check_at_least(self, log_every=1, checkpoint_every=0, gradient_flow_every=0, bptt_window=0)
-        _check_at_least(self, gradient_clip_value=0.0)
-        _check_positive(self, "learning_rate")
-        _check_share(self, "label_smoothing")
+        check_at_least(self, log_every=1, checkpoint_every=0, gradient_flow_every=0, bptt_window=0)
+        check_at_least(self, gradient_clip_value=0.0)
+        check_positive(self, "learning_rate")
+        check_share(self, "label_smoothing")
+        check_share(self, "average_decay")
+
+
+@dataclass(frozen=True)
+class SelfCriticalConfig:
+    """Self-critical training (Rennie et al. 2017): see ``training.self_critical``.
+
+    Attributes:
+        samples: Captions drawn of each image at each step.
+        baseline: What a caption's reward is compared with: the "mean" of its image's other samples,
+            or that of the "greedy" caption.
+        cider_weight, bleu_weight: Weights of CIDEr-D (0 to 10) and BLEU-4 (0 to 1) in the reward.
+        cross_entropy_share: Share (0 to 1) of the loss that stays cross-entropy.
+    """
+
+    samples: int = 5
+    baseline: Literal["mean", "greedy"] = "mean"
+    cider_weight: float = 1.0
+    bleu_weight: float = 0.0
+    cross_entropy_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        least = 2 if self.baseline == "mean" else 1
+        check_between(self, samples=(least, 1000))
+        check_at_least(self, cider_weight=0.0, bleu_weight=0.0)
+        check_share(self, "cross_entropy_share")
+        if not self.cider_weight and not self.bleu_weight:
+            raise ConfigError("self_critical: cider_weight and bleu_weight are both 0")
 
 
 @dataclass(frozen=True)
@@ -298,11 +343,11 @@ class SearchConfig:
         check_between(self, max_length=(1, 1000), min_length=(0, 1000), no_repeat_ngram=(0, 1000))
         check_between(self, samples=(0, 10_000), length_penalty=(0.0, 100.0), diversity=(0.0, 1e6))
         check_between(self, temperature=(1e-6, 1e6), top_k=(0, 1_000_000), seed=(0, 2**63 - 1))
-        _check_positive(self, "top_p")
+        check_positive(self, "top_p")
         for name, most in (("forbidden", 10_000), ("forced", 100)):
             phrases = getattr(self, name)
             if isinstance(phrases, str):
-                raise _expected(self, name, "a list of words and phrases")
+                raise expected_error(self, name, "a list of words and phrases")
             if len(phrases) > most:
                 raise ConfigError(
                     f"search.{name}: at most {most} phrases were expected, found {len(phrases)}"
@@ -310,15 +355,17 @@ class SearchConfig:
             if any(len(phrase) > 200 for phrase in phrases):
                 raise ConfigError(f"search.{name}: a phrase has more than 200 characters")
         if self.top_p > 1:
-            raise _expected(self, "top_p", "at most 1")
+            raise expected_error(self, "top_p", "at most 1")
         if self.min_length > self.max_length:
             bound = f"at most search.max_length = {self.max_length}"
-            raise _expected(self, "min_length", bound)
-        found = ("samples", self.samples) if self.samples else ("beam_size", self.beam_size)
-        if self.n_best > found[1]:
-            raise _expected(self, "n_best", f"at most search.{found[0]} = {found[1]}")
+            raise expected_error(self, "min_length", bound)
+        limit = ("samples", self.samples) if self.samples else ("beam_size", self.beam_size)
+        if self.n_best > limit[1]:
+            raise expected_error(self, "n_best", f"at most search.{limit[0]} = {limit[1]}")
         if self.beam_size % self.groups:
-            raise _expected(self, "groups", f"a divisor of search.beam_size = {self.beam_size}")
+            raise expected_error(
+                self, "groups", f"a divisor of search.beam_size = {self.beam_size}"
+            )
         together = {"samples": self.samples, "groups": self.groups > 1, "forced": self.forced}
         used = [f"search.{name}" for name, value in together.items() if value]
         if len(used) > 1:
@@ -327,7 +374,7 @@ class SearchConfig:
             *((name, "samples") for name in ("temperature", "top_k", "top_p")),
             ("diversity", "groups"),
         ):
-            if f"search.{needed}" not in used and getattr(self, name) != _default_of(self, name):
+            if f"search.{needed}" not in used and getattr(self, name) != default_of(self, name):
                 raise ConfigError(f"search.{name} has no effect without search.{needed}")
 
 
@@ -347,7 +394,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_at_least(self, batch_size=1, max_images=0)
+        check_at_least(self, batch_size=1, max_images=0)
 
 
 @dataclass(frozen=True)
@@ -373,7 +420,7 @@ class WandbConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_at_least(self, sample_images=0)
+        check_at_least(self, sample_images=0)
 
 
 @dataclass(frozen=True)
@@ -385,6 +432,7 @@ class Config:
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -392,38 +440,3 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the config as nested dicts of plain values, as JSON and W&B take it."""
         return dataclasses.asdict(self)
-
-
-def _check_at_least(config: Any, **bounds: float) -> None:
-    for name, bound in bounds.items():
-        if not bound <= getattr(config, name) < math.inf:
-            raise _expected(config, name, f"at least {bound}")
-
-
-def check_between(config: Any, **bounds: tuple[float, float]) -> None:
-    """Raise a ConfigError unless each of these fields is a number from a bound to another."""
-    for name, (least, most) in bounds.items():
-        if not least <= getattr(config, name):
-            raise _expected(config, name, f"at least {least}")
-        if not getattr(config, name) <= most:
-            raise _expected(config, name, f"at most {most}")
-
-
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise _expected(config, name, "a number above 0")
-
-
-def _check_share(config: Any, name: str) -> None:
-    if not 0 <= getattr(config, name) < 1:
-        raise _expected(config, name, "at least 0 and below 1")
-
-
-def _default_of(config: Any, name: str) -> Any:
-    return next(each.default for each in dataclasses.fields(config) if each.name == name)
-
-
-def _expected(config: Any, name: str, expected: str) -> ConfigError:
-    section = type(config).__name__.removesuffix("Config").lower()
-    return ConfigError(f"{section}.{name}: {expected} was expected, found {getattr(config, name)}")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from captioner.config import check_between
+from captioner.checks import check_between
 from captioner.data.image_files import ImageSource, Reserve, load_image, max_pixels
 from captioner.device import give_back_freed_memory
 from captioner.errors import ConfigError, ImageError

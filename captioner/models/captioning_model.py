@@ -71,6 +71,19 @@ class CaptioningModel(nn.Module):
         """Where the weights are."""
         return self.decoder.embedding.weight.device
 
+    def features(self, x: Tensor, precision: torch.dtype) -> Tensor:
+        """Return the decoder's input, (B, N, D), on the model's device.
+
+        Args:
+            x: Cached features (B, N, D), or preprocessed pixels (B, 3, S, S), which are encoded.
+            precision: torch.bfloat16 or torch.float32, for matrix products.
+        """
+        x = x.to(self.device, non_blocking=True)
+        if x.dim() == 4:
+            with autocast(self.device, precision):
+                return self.encoder(x)
+        return x.float() if precision == torch.float32 else x.to(precision)
+
     @torch.inference_mode()
     def attention_maps(
         self, features: Tensor, hypotheses: Sequence[Sequence[Hypothesis]], precision: torch.dtype

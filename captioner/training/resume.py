@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from captioner.checksums import CHECKSUMS_FILE, check_sha256, read_checksums, sha256_of
 from captioner.config import Config
@@ -279,6 +280,7 @@ def pack_state(
     circumstances: Circumstances,
     config: Config,
     optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
     device: torch.device,
 ) -> dict[str, Any]:
     """Return all that resuming needs besides the weights, as tensors and plain values."""
@@ -288,26 +290,32 @@ def pack_state(
         "train_state": dataclasses.asdict(state),
         "circumstances": dataclasses.asdict(circumstances),
         "optimizer": optimizer.state_dict(),
+        "average": average.state_dict() if average else {},
         "rng": torch.get_rng_state(),
         "rng_cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
     }
 
 
 def unpack_state(
-    packed: dict[str, Any], optimizer: torch.optim.Optimizer, device: torch.device
+    packed: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    device: torch.device,
 ) -> TrainState:
-    """Return the saved state, and set optimiser and random generators to where they were.
+    """Return the saved state; set optimiser, average and random generators to where they were.
 
     Raises:
-        CheckpointError: The optimiser is that of another model.
+        CheckpointError: The optimiser or the average is that of another model.
     """
     state = TrainState(**packed["train_state"])
     try:
         optimizer.load_state_dict(packed["optimizer"])
+        if average:
+            average.load_state_dict(packed["average"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"last/{STATE_FILE}: its optimiser isn't that of this model ({error}); start a new run "
-            "in another --output-dir"
+            f"last/{STATE_FILE}: its optimiser or average isn't that of this model ({error}); "
+            "start a new run in another --output-dir"
         ) from None
     torch.set_rng_state(packed["rng"])
     if device.type == "cuda" and len(packed["rng_cuda"]) == torch.cuda.device_count():

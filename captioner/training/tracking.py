@@ -4,6 +4,7 @@ import json
 import netrc
 import os
 import shlex
+import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,39 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Return what is in a log; a line that was being written when its process died is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+class Meter:
+    """Mean loss and rates since the last log line."""
+
+    def __init__(self) -> None:
+        self._since, self._tokens, self._images = time.monotonic(), 0, 0
+        self._values: list[dict[str, float]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self._since
+
+    def add(self, tokens: int, images: int, values: dict[str, float]) -> None:
+        """Count an optimiser step, with its loss and what else is logged of it."""
+        self._values.append(values)
+        self._tokens += tokens
+        self._images += images
+
+    def means(self) -> dict[str, float]:
+        """Return the mean over the steps of each value."""
+        return {
+            name: sum(values[name] for values in self._values) / len(self._values)
+            for name in self._values[0]
+        }
+
+    def rates(self) -> dict[str, float]:
+        """Return tokens and images a second."""
+        return {
+            "tokens_per_second": self._tokens / self.seconds,
+            "images_per_second": self._images / self.seconds,
+        }
 
 
 class Tracker:

@@ -4,8 +4,9 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,16 @@ from captioner.data.dataset import Batch, CaptionDataset, TrainingBatches, encod
 from captioner.data.image_files import load_thumbnail
 from captioner.data.images import in_batches
 from captioner.data.predictions import write_predictions
-from captioner.data.vocabulary import PAD
-from captioner.device import autocast
+from captioner.data.tokenizer import tokenize
 from captioner.errors import TrainingError, UsageError
 from captioner.files import atomic_directory
+from captioner.metrics.diversity import describe
 from captioner.metrics.scores import compute_metrics
 from captioner.models.captioning_model import CaptioningModel, generate
 from captioner.models.checkpoint import save_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.progress import Progress, log_line
+from captioner.training.averaging import make_average
 from captioner.training.gradient_flow import (
     LOG_KIND,
     equally_long_captions,
@@ -32,7 +34,7 @@ from captioner.training.gradient_flow import (
     plot_gradient_flow,
 )
 from captioner.training.inputs import Inputs
-from captioner.training.losses import caption_loss
+from captioner.training.objectives import Objective, TrainingBatch, make_objective
 from captioner.training.resume import (
     STATE_FILE,
     Circumstances,
@@ -42,10 +44,14 @@ from captioner.training.resume import (
 )
 from captioner.training.schedule import learning_rate_factor, make_optimizer, set_learning_rates
 from captioner.training.stopping import StopSignals, memory_errors
-from captioner.training.tracking import JsonLog, Tracker, read_log
+from captioner.training.tracking import JsonLog, Meter, Tracker, read_log
 
 PREDICTIONS_FILE = "val_predictions.json"
 VALIDATION_METRICS = ("BLEU", "ROUGE-L", "CIDEr-D")
+# What shows that a better score is none: see ``diversity.describe``.
+STATISTICS = (
+    *("vocabulary", "unique_captions", "length_mean", "ends_in_function_word", "repeats_ngram"),
+)
 
 
 class Trainer:
@@ -76,11 +82,20 @@ class Trainer:
         self.circumstances = circumstances
         self.optimizer = make_optimizer(model, config)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.state = unpack_state(saved, self.optimizer, device) if saved else TrainState()
+        decay = config.training.average_decay
+        self.average = make_average(model, decay) if decay else None
+        self.state = (
+            unpack_state(saved, self.optimizer, self.average, device) if saved else TrainState()
+        )
         self.log = JsonLog(output_dir / "log.jsonl", self.state.log_bytes)
         self.tracker = Tracker(config.wandb, config.to_dict(), output_dir, self.state.wandb_id)
         self.state.wandb_id = self.tracker.run_id
         self.meter = Meter()
+
+    @property
+    def evaluated_model(self) -> CaptioningModel:
+        """The model that is validated and kept as the best: averaged, where that is asked for."""
+        return cast(CaptioningModel, self.average.module) if self.average else self.model
 
     def __enter__(self) -> "Trainer":
         return self
@@ -104,6 +119,7 @@ class Trainer:
             TrainingStopped: ``stop_signals`` has received one; ``last`` was written.
         """
         training, self.stop_signals = self.config.training, stop_signals
+        objective = make_objective(self.model, self.config, self.precision, train_set)
         epochs = TrainingBatches(
             encode_captions(train_set, self.model.vocabulary),
             training.batch_size,
@@ -116,17 +132,17 @@ class Trainer:
         samples = val_set.select(range(min(len(val_set), self.config.wandb.sample_images)))
         thumbnails = [load_thumbnail(path) for path in samples.paths]
         if training.init_from and not self.state.best_scores:
-            self._keep_initial_scores(*self._validate(val_set, val_inputs))
+            self._keep_initial_scores(self._validate(val_set, val_inputs))
         while self.state.epoch < training.epochs and not self._out_of_patience():
             with memory_errors(self._memory_advice):
-                self._train_epoch(epochs.epoch(self.state.epoch), train_inputs)
-            scores, captions, seconds = self._validate(val_set, val_inputs)
-            self._finish_epoch(scores, captions, seconds)
+                self._train_epoch(epochs.epoch(self.state.epoch), train_inputs, objective)
+            validation = self._validate(val_set, val_inputs)
+            self._finish_epoch(validation)
             self.tracker.log_samples(
                 self.state.step,
                 self.state.epoch,
                 thumbnails,
-                [captions[image_id] for image_id in samples.image_ids],
+                [validation.captions[image_id] for image_id in samples.image_ids],
                 samples.captions,
             )
         self._finish_run()
@@ -140,48 +156,51 @@ class Trainer:
             return True
         return False
 
-    def _train_epoch(self, batches: list[Batch], inputs: Inputs) -> None:
+    def _train_epoch(self, batches: list[Batch], inputs: Inputs, objective: Objective) -> None:
         """Train on the batches of an epoch from ``state.batch`` on."""
         training, state = self.config.training, self.state
         remaining = batches[state.batch :]
         loaded = inputs.batches([batch.images for batch in remaining])
-        group: list[tuple[Tensor, Tensor]] = []
+        group: list[TrainingBatch] = []
         self.meter = Meter()
         description = f"epoch {state.epoch + 1}/{training.epochs}"
         with Progress(description, len(batches), "batch", initial=state.batch) as bar:
             pairs = zip(remaining, loaded, strict=True)
             for number, (batch, (images, x)) in enumerate(pairs, 1):
                 if images:
-                    group.append((x, _token_ids_of(batch, images)))
+                    group.append(TrainingBatch(images, x, _token_ids_of(batch, images)))
                 state.batch += 1
                 is_full = number % training.accumulation_steps == 0 or number == len(remaining)
                 if group and is_full:
-                    self._optimise(group)
+                    self._optimise(group, objective)
                     group = []
                     self._stop_if_asked()
                 bar.update(1, f"loss {state.loss / max(1, state.tokens):.3f}")
 
-    def _optimise(self, group: list[tuple[Tensor, Tensor]]) -> None:
-        """Take one optimiser step on some batches of inputs and token ids (B, K, T + 1)."""
+    def _optimise(self, group: list[TrainingBatch], objective: Objective) -> None:
+        """Take one optimiser step on some batches."""
         training, state = self.config.training, self.state
         factor = learning_rate_factor(state.step, self.total_steps, training)
         rate = set_learning_rates(self.optimizer, factor)
-        total, tokens = self._compute_gradients(group)
+        result = objective.compute_gradients(group, state.step)
         norms = nn.utils.clip_grad_norm_(self.trained, training.gradient_clip or math.inf)
-        loss, norm = torch.stack([total, norms]).tolist()  # waits for the device, once a step
+        loss, norm = torch.stack([result.loss, norms]).tolist()  # waits for the device, once a step
         self._check_finite(loss, norm, rate)
         if training.gradient_clip_value:
             nn.utils.clip_grad_value_(self.trained, training.gradient_clip_value)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update_parameters(self.model)
         state.step += 1
-        state.loss += loss * tokens
-        state.tokens += tokens
-        self.meter.add(loss, tokens, sum(len(x) for x, _ in group))
+        state.loss += loss * result.tokens
+        state.tokens += result.tokens
+        images = sum(len(batch.images) for batch in group)
+        self.meter.add(result.tokens, images, {"loss": loss, **result.values})
         if state.step % training.log_every == 0:
             self._log_step(norm, rate)
         if training.gradient_flow_every and state.step % training.gradient_flow_every == 0:
-            self._log_gradient_flow(*group[0])
+            self._log_gradient_flow(group[0])
         if training.checkpoint_every and state.step % training.checkpoint_every == 0:
             self._save("last")
 
@@ -202,39 +221,6 @@ class Trainer:
             f"captions_per_image{kept}"
         )
 
-    def _compute_gradients(self, group: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
-        """Add up the gradients of some batches; return the loss a token, and the tokens."""
-        training = self.config.training
-        real = [token_ids[..., 1:] != PAD for _, token_ids in group]
-        tokens = sum(int(mask.sum()) for mask in real)
-        captions = sum(int(mask.any(-1).sum()) for mask in real)
-        self.model.train()
-        total = torch.zeros((), device=self.device)
-        for x, token_ids in group:
-            with autocast(self.device, self.precision):
-                output = self.model.decoder.teacher_forcing(
-                    self._features(x),
-                    token_ids,
-                    training.bptt_window,
-                )
-                loss = caption_loss(
-                    output,
-                    training.label_smoothing,
-                    self.config.decoder.attention_regularisation,
-                    tokens,
-                    captions,
-                )
-            loss.backward()
-            total += loss.detach()
-        return total, tokens
-
-    def _features(self, x: Tensor) -> Tensor:
-        """Return features (B, N, D) for cached features or for pixels (B, 3, S, S)."""
-        x = x.to(self.device, non_blocking=True)
-        if x.dim() == 4:
-            return self.model.encoder(x)
-        return x.float() if self.precision == torch.float32 else x.to(self.precision)
-
     def _check_finite(self, loss: float, norm: float, rate: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
@@ -248,7 +234,7 @@ class Trainer:
 
     def _log_step(self, norm: float, rate: float) -> None:
         values = {
-            "loss": self.meter.loss,
+            **self.meter.means(),
             "learning_rate": rate,
             "gradient_norm": norm,
             **self.meter.rates(),
@@ -258,12 +244,12 @@ class Trainer:
         self.state.seconds += self.meter.seconds
         self.meter = Meter()
 
-    def _log_gradient_flow(self, x: Tensor, token_ids: Tensor) -> None:
+    def _log_gradient_flow(self, batch: TrainingBatch) -> None:
         """Measure on some captions of a batch, without changing anything that training uses."""
-        images, captions = equally_long_captions(token_ids)
+        images, captions = equally_long_captions(batch.token_ids)
         self.model.eval()
         with torch.no_grad():
-            features = self._features(x[images]).float()
+            features = self.model.features(batch.x[images], self.precision).float()
         flow = measure_gradient_flow(
             self.model.decoder,
             features,
@@ -282,13 +268,8 @@ class Trainer:
             },
         )
 
-    def _validate(
-        self, val_set: CaptionDataset, val_inputs: Inputs
-    ) -> tuple[dict[str, float], dict[ImageId, str], float]:
-        """Return the scores of freely decoded captions, these captions, and the seconds it took.
-
-        Whatever ends it early, a resumed run begins it anew.
-        """
+    def _validate(self, val_set: CaptionDataset, val_inputs: Inputs) -> "Validation":
+        """Caption freely and score; whatever ends it early, a resumed run begins it anew."""
         started = time.monotonic()
         self._save("last")
         size = self.config.validation.batch_size
@@ -300,69 +281,61 @@ class Trainer:
         ):
             captions = self.caption(val_set, val_inputs)
         scores = compute_metrics(captions, val_set.references, VALIDATION_METRICS)
-        return scores, captions, time.monotonic() - started
+        statistics = describe([tokenize(caption) for caption in captions.values()])
+        chosen = {name: statistics[name] for name in STATISTICS}
+        return Validation(scores, chosen, captions, time.monotonic() - started)
 
     def caption(self, dataset: CaptionDataset, inputs: Inputs) -> dict[ImageId, str]:
         """Caption images by free-running search; one that can't be read any more gets ""."""
         batches = in_batches(len(dataset), self.config.validation.batch_size)
         captions: dict[ImageId, str] = dict.fromkeys(dataset.image_ids, "")
-        decoder = InferenceDecoder(self.model.decoder, self.precision)
+        model = self.evaluated_model
+        decoder = InferenceDecoder(model.decoder, self.precision)
         with Progress("validation", len(dataset), "image") as bar:
             for indices, x in inputs.batches(batches):
                 if indices:
-                    self.model.eval()
-                    with torch.inference_mode(), autocast(self.device, self.precision):
-                        features = self._features(x)
-                    hypotheses = generate(
-                        [decoder], [features], self.model.search, self.model.vocabulary
-                    )
-                    best = self.model.best_captions(hypotheses)
+                    model.eval()
+                    with torch.inference_mode():
+                        features = model.features(x, self.precision)
+                    hypotheses = generate([decoder], [features], model.search, model.vocabulary)
+                    best = model.best_captions(hypotheses)
                     captions |= zip((dataset.image_ids[i] for i in indices), best, strict=True)
                 bar.update(len(indices))
                 self.stop_signals.raise_if_received()
         return captions
 
-    def _keep_initial_scores(
-        self, scores: dict[str, float], captions: dict[ImageId, str], seconds: float
-    ) -> None:
+    def _keep_initial_scores(self, validation: "Validation") -> None:
         """Keep the checkpoint that a run begins with as its best so far."""
         state, metric = self.state, self.config.validation.metric
-        state.best_scores = scores
-        self.log.write(kind="start", step=0, epoch=0, validation_seconds=seconds, **scores)
-        self._save("best", captions)
-        self._save("last", captions)
-        self.tracker.log(0, {f"validation/{name}": score for name, score in scores.items()})
+        state.best_scores = validation.scores
+        self.log.write(kind="start", step=0, epoch=0, **validation.values())
+        self._save("best", validation.captions)
+        self._save("last", validation.captions)
+        self.tracker.log(0, validation.values("validation/"))
         log_line(
             f"{self.config.training.init_from} to begin with: validation {metric} "
-            f"{scores[metric]:.4f}"
+            f"{validation.scores[metric]:.4f}"
         )
 
-    def _finish_epoch(
-        self, scores: dict[str, float], captions: dict[ImageId, str], seconds: float
-    ) -> None:
+    def _finish_epoch(self, validation: "Validation") -> None:
         """Log an epoch, keep its checkpoint, and the best one."""
         state, metric = self.state, self.config.validation.metric
-        train_seconds = state.seconds + self.meter.seconds - seconds
+        train_seconds = state.seconds + self.meter.seconds - validation.seconds
+        scores = validation.scores
         is_best = not state.best_scores or scores[metric] > state.best_scores[metric]
         loss = state.loss / max(1, state.tokens)
         state.epoch += 1
         state.batch, state.loss, state.tokens, state.seconds = 0, 0.0, 0, 0.0
-        values = {"loss": loss, "train_seconds": train_seconds, "validation_seconds": seconds}
+        values = {"loss": loss, "train_seconds": train_seconds, **validation.values()}
         # Before the checkpoint, which says how long the log is: a process that is killed in
         # between takes the epoch's end again, and writes this line again.
-        self.log.write(kind="epoch", step=state.step, epoch=state.epoch, **values, **scores)
+        self.log.write(kind="epoch", step=state.step, epoch=state.epoch, **values)
         if is_best:
             state.best_epoch, state.best_scores = state.epoch, scores
-            self._save("best", captions)
-        self._save("last", captions)
-        self.tracker.log(
-            state.step,
-            {
-                "epoch": state.epoch,
-                "train/epoch_loss": loss,
-                **{f"validation/{name}": score for name, score in scores.items()},
-            },
-        )
+            self._save("best", validation.captions)
+        self._save("last", validation.captions)
+        measured = validation.values("validation/")
+        self.tracker.log(state.step, {"epoch": state.epoch, "train/epoch_loss": loss, **measured})
         log_line(
             f"epoch {state.epoch}: loss {loss:.3f}, validation {metric} {scores[metric]:.4f}"
             f"{' (best so far)' if is_best else ''}"
@@ -405,41 +378,38 @@ class Trainer:
                 shutil.copyfile(previous, aside / PREDICTIONS_FILE)
             if name == "last":
                 packed = pack_state(
-                    self.state, self.circumstances, self.config, self.optimizer, self.device
+                    self.state,
+                    self.circumstances,
+                    self.config,
+                    self.optimizer,
+                    self.average,
+                    self.device,
                 )
                 torch.save(packed, aside / STATE_FILE)
-            save_checkpoint(self.model, aside, scores)  # last: its checksums are of all files
+            model = self.model if name == "last" else self.evaluated_model
+            save_checkpoint(model, aside, scores)  # last: its checksums are of all files
 
 
-class Meter:
-    """Mean loss and rates since the last log line."""
+@dataclass(frozen=True)
+class Validation:
+    """What a validation gave.
 
-    def __init__(self) -> None:
-        self._since, self._tokens, self._images = time.monotonic(), 0, 0
-        self._losses: list[float] = []
+    Attributes:
+        scores: Of the freely decoded captions, each metric's.
+        statistics: What these captions are like: see ``STATISTICS``.
+        captions: By image id.
+        seconds: How long it took.
+    """
 
-    @property
-    def seconds(self) -> float:
-        """Seconds since it was made."""
-        return time.monotonic() - self._since
+    scores: dict[str, float]
+    statistics: dict[str, float]
+    captions: dict[ImageId, str]
+    seconds: float
 
-    def add(self, loss: float, tokens: int, images: int) -> None:
-        """Count an optimiser step."""
-        self._losses.append(loss)
-        self._tokens += tokens
-        self._images += images
-
-    @property
-    def loss(self) -> float:
-        """Mean over the steps."""
-        return sum(self._losses) / len(self._losses) if self._losses else math.nan
-
-    def rates(self) -> dict[str, float]:
-        """Return tokens and images a second."""
-        return {
-            "tokens_per_second": self._tokens / self.seconds,
-            "images_per_second": self._images / self.seconds,
-        }
+    def values(self, prefix: str = "") -> dict[str, float]:
+        """Return all numbers, for the log."""
+        numbers = {"validation_seconds": self.seconds, **self.scores, **self.statistics}
+        return {f"{prefix}{name}": value for name, value in numbers.items()}
 
 
 def _token_ids_of(batch: Batch, images: Sequence[int]) -> Tensor:

@@ -111,7 +111,7 @@ inputs.cached_features = interrupted
 
 def test_a_second_signal_ends_at_once(experiment, tmp_path, server):
     out = tmp_path / "run"
-    once = AT.format(place="caption_loss", when="True", signal="SIGINT")
+    once = AT.format(place="set_learning_rates", when="True", signal="SIGINT")
     twice = once.replace("if True:", "for _ in range(2):")
     code = server.run(experiment, "--output-dir", out, setup=twice)
     assert code == -signal.SIGINT
@@ -203,7 +203,7 @@ LARGE = ["decoder.hidden_size=600", "training.checkpoint_every=2", "training.epo
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells how much is used")
 def test_too_little_memory_for_a_batch_is_one_line(experiment, tmp_path, server):
     out = tmp_path / "run"
-    setup = SCARCE.format(place="_compute_gradients", step=2)
+    setup = SCARCE.format(place="_optimise", step=2)
     assert server.run(experiment, *LARGE, "--output-dir", out, setup=setup) == 1
     output = server.output.read_text()
     assert "Traceback" not in output
