@@ -6,9 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from captioner.config_checks import (
+    check_at_least,
+    check_between,
+    check_positive,
+    check_share,
+    default_of,
+    expected,
+)
 from captioner.errors import ConfigError
 
 Cell = Literal["lstm", "gru", "rnn_tanh", "rnn_relu"]
+Padding = Literal["torchvision", "tensorflow"]
+BatchNorm = Literal["update", "frozen"]
 Initialisation = Literal["orthogonal", "xavier", "identity"]
 
 
@@ -44,7 +54,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_at_least(self, min_word_count=1, max_words=1, workers=-1)
+        check_at_least(self, min_word_count=1, max_words=1, workers=-1)
 
     def path(self, name: str) -> Path:
         """Return the path in the field ``name``, with ``root`` before it."""
@@ -87,11 +97,52 @@ class PreprocessingConfig:
             )
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
-                raise _expected(self, name, "three numbers (red, green, blue)")
+                raise expected(self, name, "three numbers (red, green, blue)")
         if not all(map(math.isfinite, self.mean)):
-            raise _expected(self, "mean", "three finite numbers")
+            raise expected(self, "mean", "three finite numbers")
         if not all(0 < value < math.inf for value in self.std):
-            raise _expected(self, "std", "three numbers above 0")
+            raise expected(self, "std", "three numbers above 0")
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """How training images are changed at random; off by default. Validation never is.
+
+    A CNN that is trained sees each image changed anew in each epoch, by ``training.seed``. For a
+    frozen CNN ``views`` are drawn once, and their features cached.
+
+    Attributes:
+        crop: Least share of the image's area that is kept, at least 0.05; the part is then scaled
+            to the square that the CNN sees, by which its aspect changes by 3/4 to 4/3. 1 is off.
+        flip: Flip half of the images from left to right; never one of whose (English) captions
+            says left or right.
+        colour: Change brightness, contrast and saturation by a factor of 1 - ``colour`` to
+            1 + ``colour`` each; below 1, 0 is off.
+        views: Of a frozen CNN: so many versions of each image are encoded and cached, the first
+            of them plain, at most 100; each epoch trains on one of each image, in turn.
+        seed: Of these views, below 2 ** 63: runs that differ in ``training.seed`` share them.
+    """
+
+    crop: float = 1.0
+    flip: bool = False
+    colour: float = 0.0
+    views: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        check_between(self, crop=(0.05, 1.0), views=(1, 100), seed=(0, 2**63 - 1))
+        check_share(self, "colour")
+        if self.views > 1 and not self.changes:
+            raise ConfigError(
+                f"augmentation.views ({self.views}) has no effect without augmentation.crop, flip "
+                "or colour: all views would be the same"
+            )
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is changed at all."""
+        return self.crop < 1 or self.flip or self.colour > 0
 
 
 @dataclass(frozen=True)
@@ -104,20 +155,28 @@ class EncoderConfig:
             state_dict file, or "none" for random weights.
         last_stage: The stage whose output is the features; "" takes the last. An earlier one has
             a finer grid: vgg16's "features.29" is 14 x 14 regions of 224 pixels (Xu et al. 2015).
+        padding: How layers with a stride pad: as torchvision's (the same on all sides), or as
+            TensorFlow's "SAME" (at even sizes right and bottom alone), for weights from there.
         fine_tune_from: The first stage that is trained ("layer3", "features.14"); "" freezes all.
             "all" trains the whole CNN.
+        batch_norm: Statistics of the trained stages' batch norm: "update" takes each batch's own
+            and keeps a running mean for use, as a CNN that is trained from nothing needs it;
+            "frozen" keeps those of the weights, as is usual with small batches. Scale and shift
+            are trained either way.
         learning_rate: Peak learning rate of the trained stages.
     """
 
     name: str = "resnet50"
     weights: str = "DEFAULT"
     last_stage: str = ""
+    padding: Padding = "torchvision"
     fine_tune_from: str = ""
+    batch_norm: BatchNorm = "update"
     learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_positive(self, "learning_rate")
+        check_positive(self, "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -158,10 +217,10 @@ class DecoderConfig:
         """Refuse impossible values."""
         widths = dict.fromkeys(("embedding_size", "hidden_size", "attention_size"), (1, 32_768))
         check_between(self, layers=(1, 32), **widths, feature_size=(0, 32_768))
-        _check_at_least(self, attention_regularisation=0.0)
+        check_at_least(self, attention_regularisation=0.0)
         if not math.isfinite(self.forget_bias):
-            raise _expected(self, "forget_bias", "a finite number")
-        _check_share(self, "dropout")
+            raise expected(self, "forget_bias", "a finite number")
+        check_share(self, "dropout")
 
 
 @dataclass(frozen=True)
@@ -220,14 +279,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_at_least(self, epochs=1, batch_size=1, captions_per_image=1, accumulation_steps=1)
-        _check_at_least(
+        check_at_least(self, epochs=1, batch_size=1, captions_per_image=1, accumulation_steps=1)
+        check_at_least(
             self, weight_decay=0.0, warmup_steps=0, gradient_clip=0.0, patience=0, seed=0
         )
-        _check_at_least(self, log_every=1, checkpoint_every=0, gradient_flow_every=0, bptt_window=0)
-        _check_at_least(self, gradient_clip_value=0.0)
-        _check_positive(self, "learning_rate")
-        _check_share(self, "label_smoothing")
+        check_at_least(self, log_every=1, checkpoint_every=0, gradient_flow_every=0, bptt_window=0)
+        check_at_least(self, gradient_clip_value=0.0)
+        check_positive(self, "learning_rate")
+        check_share(self, "label_smoothing")
 
 
 @dataclass(frozen=True)
@@ -285,11 +344,11 @@ class SearchConfig:
         check_between(self, max_length=(1, 1000), min_length=(0, 1000), no_repeat_ngram=(0, 1000))
         check_between(self, samples=(0, 10_000), length_penalty=(0.0, 100.0), diversity=(0.0, 1e6))
         check_between(self, temperature=(1e-6, 1e6), top_k=(0, 1_000_000), seed=(0, 2**63 - 1))
-        _check_positive(self, "top_p")
+        check_positive(self, "top_p")
         for name, most in (("forbidden", 10_000), ("forced", 100)):
             phrases = getattr(self, name)
             if isinstance(phrases, str):
-                raise _expected(self, name, "a list of words and phrases")
+                raise expected(self, name, "a list of words and phrases")
             if len(phrases) > most:
                 raise ConfigError(
                     f"search.{name}: at most {most} phrases were expected, found {len(phrases)}"
@@ -297,15 +356,15 @@ class SearchConfig:
             if any(len(phrase) > 200 for phrase in phrases):
                 raise ConfigError(f"search.{name}: a phrase has more than 200 characters")
         if self.top_p > 1:
-            raise _expected(self, "top_p", "at most 1")
+            raise expected(self, "top_p", "at most 1")
         if self.min_length > self.max_length:
             bound = f"at most search.max_length = {self.max_length}"
-            raise _expected(self, "min_length", bound)
+            raise expected(self, "min_length", bound)
         found = ("samples", self.samples) if self.samples else ("beam_size", self.beam_size)
         if self.n_best > found[1]:
-            raise _expected(self, "n_best", f"at most search.{found[0]} = {found[1]}")
+            raise expected(self, "n_best", f"at most search.{found[0]} = {found[1]}")
         if self.beam_size % self.groups:
-            raise _expected(self, "groups", f"a divisor of search.beam_size = {self.beam_size}")
+            raise expected(self, "groups", f"a divisor of search.beam_size = {self.beam_size}")
         together = {"samples": self.samples, "groups": self.groups > 1, "forced": self.forced}
         used = [f"search.{name}" for name, value in together.items() if value]
         if len(used) > 1:
@@ -314,7 +373,7 @@ class SearchConfig:
             *((name, "samples") for name in ("temperature", "top_k", "top_p")),
             ("diversity", "groups"),
         ):
-            if f"search.{needed}" not in used and getattr(self, name) != _default_of(self, name):
+            if f"search.{needed}" not in used and getattr(self, name) != default_of(self, name):
                 raise ConfigError(f"search.{name} has no effect without search.{needed}")
 
 
@@ -334,7 +393,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_at_least(self, batch_size=1, max_images=0)
+        check_at_least(self, batch_size=1, max_images=0)
 
 
 @dataclass(frozen=True)
@@ -358,7 +417,7 @@ class WandbConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        _check_at_least(self, sample_images=0)
+        check_at_least(self, sample_images=0)
 
 
 @dataclass(frozen=True)
@@ -368,6 +427,7 @@ class Config:
     data: DataConfig
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -377,38 +437,3 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the config as nested dicts of plain values, as JSON and W&B take it."""
         return dataclasses.asdict(self)
-
-
-def _check_at_least(config: Any, **bounds: float) -> None:
-    for name, bound in bounds.items():
-        if not bound <= getattr(config, name) < math.inf:
-            raise _expected(config, name, f"at least {bound}")
-
-
-def check_between(config: Any, **bounds: tuple[float, float]) -> None:
-    """Raise a ConfigError unless each of these fields is a number from a bound to another."""
-    for name, (least, most) in bounds.items():
-        if not least <= getattr(config, name):
-            raise _expected(config, name, f"at least {least}")
-        if not getattr(config, name) <= most:
-            raise _expected(config, name, f"at most {most}")
-
-
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise _expected(config, name, "a number above 0")
-
-
-def _check_share(config: Any, name: str) -> None:
-    if not 0 <= getattr(config, name) < 1:
-        raise _expected(config, name, "at least 0 and below 1")
-
-
-def _default_of(config: Any, name: str) -> Any:
-    return next(each.default for each in dataclasses.fields(config) if each.name == name)
-
-
-def _expected(config: Any, name: str, expected: str) -> ConfigError:
-    section = type(config).__name__.removesuffix("Config").lower()
-    return ConfigError(f"{section}.{name}: {expected} was expected, found {getattr(config, name)}")
