@@ -226,8 +226,12 @@ def _expected_time(encoder: "_ImageEncoder", count: int) -> str:
             images += len(indices)
         else:
             started = time.monotonic()
+    if not images:
+        return ""
     rate = images / (time.monotonic() - started)
-    return f", about {count / rate / 60:.0f} minutes ({rate:.0f} images/s)" if images else ""
+    seconds = count / rate
+    duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    return f", about {duration} ({rate:.0f} images/s)"
 
 
 def report_failures(failures: Failures, total: int, bad_images: str) -> None:
