@@ -245,7 +245,8 @@ class TrainingConfig:
         init_from: A checkpoint (``runs/a/best``) whose weights, vocabulary and CNN the run begins
             with, in place of new ones; the experiment must fit it. "" begins anew.
         label_smoothing: Probability mass spread over the other words.
-        precision: "auto" is bfloat16 where the device computes in it, else float32.
+        precision: "auto" is bfloat16 where the device computes in it, else float32. A CNN that is
+            trained on a CPU computes in float32 in any case, which is faster there.
         device: "auto" is CUDA, else MPS, else CPU.
         seed: Seed of weights, batches and dropout.
         patience: Epochs without a better score before training stops; 0 never stops early.

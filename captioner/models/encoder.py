@@ -19,6 +19,7 @@ from captioner.models.pretrained_cnn import (
     read_weights,
     remove_head,
 )
+from captioner.models.training_cnn import TrainingCNN
 from captioner.models.weights import Unallocated, fill, misfit
 
 
@@ -75,6 +76,7 @@ class Encoder(nn.Module):
         if tensors is not None:
             fill(self, tensors)
         self._trained: list[str] = []
+        self._fast: tuple[nn.Module, ...] = ()  # in a tuple, so that its weights count once
         self._batch_norm: BatchNorm = "update"
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
@@ -90,9 +92,16 @@ class Encoder(nn.Module):
             The grid of region features, row by row: (B, N, D).
         """
         x = self.normalise(pixels)
-        for stage in self.stages:
-            x = self.cnn.get_submodule(stage)(x)
+        if self.training and self._fast:
+            # On a CPU float32 is faster here: of bfloat16 the gradients of convolutions are slow.
+            with torch.autocast("cpu", enabled=False):
+                return to_regions(self._fast[0](x))
+        for stage in self._modules_of_stages():
+            x = stage(x)
         return to_regions(x)
+
+    def _modules_of_stages(self) -> list[nn.Module]:
+        return [self.cnn.get_submodule(stage) for stage in self.stages]
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return pixels as the CNN takes them: float, minus mean, by standard deviation."""
@@ -121,7 +130,12 @@ class Encoder(nn.Module):
             raise ConfigError(
                 f"encoder.fine_tune_from: {self.name} has nothing to train from '{stage}' on"
             )
-        self.train(self.training)
+        training = self.training
+        self.train()
+        self._fast = ()
+        if self._trained:
+            self._fast = (TrainingCNN(nn.Sequential(*self._modules_of_stages())),)
+        self.train(training)
 
     def _check_stage(self, setting: str, stage: str) -> None:
         if stage not in self.stages:

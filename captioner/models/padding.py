@@ -56,6 +56,53 @@ def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tupl
     return total // 2, total - total // 2
 
 
+def can_be_rotated(cnn: nn.Module) -> bool:
+    """Return whether a CNN pads as TensorFlow does in a way that needs no padding.
+
+    Padding copies a whole feature map. But where the stride is 2, TensorFlow pads as torchvision
+    does on the image turned by 180 degrees: at even sizes torchvision's layers don't reach the
+    padding behind. So a CNN all of whose strided layers are such convolutions gives the same with
+    its kernels and the image turned, and the output turned back.
+    """
+    strided = [
+        layer
+        for layer in cnn.modules()
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+        and max(_pair(layer.stride)) > 1
+    ]
+    return bool(strided) and all(
+        is_padded(layer) and isinstance(layer, nn.Conv2d) and set(layer.stride) == {2}
+        for layer in strided
+    )
+
+
+def rotate(cnn: nn.Module) -> None:
+    """Turn the kernels of a CNN that can be rotated, and give it torchvision's padding back."""
+    for layer in cnn.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data = rotated_kernel(layer.weight.data)
+            layer.padding = rotated_padding(layer)
+            layer._forward_pre_hooks.clear()
+
+
+def rotated_kernel(weight: Tensor) -> Tensor:
+    """Return the kernels of a convolution turned by 180 degrees: (D, C, H, W)."""
+    return weight.flip(2, 3) if weight.shape[2:] != (1, 1) else weight
+
+
+def rotated_padding(layer: nn.Conv2d) -> Any:
+    """Return the padding of a convolution in a CNN that is rotated."""
+    if not is_padded(layer):
+        return layer.padding
+    pairs = zip(layer.kernel_size, layer.dilation, strict=True)
+    return tuple(dilation * (kernel - 1) // 2 for kernel, dilation in pairs)
+
+
+def is_padded(layer: nn.Module) -> bool:
+    """Return whether ``pad_as_tensorflow`` changed a layer."""
+    return _pad_input in layer._forward_pre_hooks.values()
+
+
 def _pad_input(layer: Any, inputs: tuple[Tensor]) -> Tensor:
     """Pad what a convolution (by zeros) or a max-pooling layer (by the least number) is given."""
     (x,) = inputs
