@@ -130,7 +130,19 @@ def prepare_inputs(
     _report_augmentation(settings, flippable, model.encoder.frozen)
     if model.encoder.frozen:
         return _cached_inputs(model, dataset, config, device, precision, settings, flippable)
-    data, preprocessing = config.data, model.encoder.preprocessing
+    return _pixel_inputs(model.encoder.preprocessing, dataset, config, device, settings, flippable)
+
+
+def _pixel_inputs(
+    preprocessing: Preprocessing,
+    dataset: CaptionDataset,
+    config: Config,
+    device: torch.device,
+    settings: AugmentationConfig,
+    flippable: list[bool],
+) -> tuple[CaptionDataset, PixelInputs]:
+    """Return the images that can be read, and their pixels."""
+    data = config.data
     failures = []
     with Progress("checking images", len(dataset), "image") as bar:
         batches = in_batches(len(dataset), 32)

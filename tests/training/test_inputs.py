@@ -21,7 +21,7 @@ from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
 from captioner.training import feature_cache
 from captioner.training.feature_store import FeatureStore, hash_file, list_stores
-from captioner.training.inputs import prepare_inputs
+from captioner.training.inputs import CachedInputs, prepare_inputs
 from captioner.training.run import load_splits, train
 
 CPU = torch.device("cpu")
@@ -100,6 +100,18 @@ def test_what_has_no_effect_is_told(trained, dataset, experiment, capsys):
     prepare(trained, dataset, load_config(experiment, ALL))
     told = capsys.readouterr().err
     assert "no effect on a frozen CNN with augmentation.views=1; views=4 caches three" in told
+
+
+def test_training_asks_for_its_epoch_and_validation_for_none(experiment, tmp_path, monkeypatch):
+    asked, batches = [], CachedInputs.batches
+
+    def recorded(inputs, indices, *epoch):
+        asked.append((len(inputs.views), *epoch))
+        return batches(inputs, indices, *epoch)
+
+    monkeypatch.setattr(CachedInputs, "batches", recorded)
+    train(load_config(experiment, [*VIEWS, "training.epochs=2"]), tmp_path / "run")
+    assert asked == [(3, 0), (1,), (3, 1), (1,)]
 
 
 @pytest.mark.parametrize("settings", [[*ALL, *TUNED], VIEWS], ids=["pixels", "views"])
