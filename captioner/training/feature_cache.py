@@ -169,7 +169,7 @@ def cached_views(
     view. What isn't in the cache is encoded; disk space and time are told beforehand.
 
     Args:
-        plain: The features of the images themselves.
+        plain: The features of the images themselves; all of them, in their order.
         settings: How many views, and what is changed in them.
         flippable: Which images may be flipped.
         bad_images: As for ``cached_features``.
@@ -179,17 +179,19 @@ def cached_views(
         CacheError: The cache is damaged or can't be written, or the disk has too little room.
     """
     views = []
+    readable = {i: file for i, file in plain.encoder.files.items() if plain.rows[i] >= 0}
     for number in range(1, settings.views):
         fingerprint = {**plain.store.meta, "augmentation": _decisive(settings, number)}
         store = FeatureStore(plain.store.folder.parent, fingerprint, plain.store.row_shape)
         view = _View(settings, flippable, number)
-        views.append((store, replace(plain.encoder, view=view)))
+        views.append((store, replace(plain.encoder, files=readable, view=view)))
     missing = sum(len(_missing(store, encoder)) for store, encoder in views)
     if missing:
         plain.store.check_free_space(missing)
+        size = missing * plain.store.row_bytes / 1e9
         log_line(
-            f"augmentation.views={settings.views}: {missing:,} changed images are to be encoded: "
-            f"{missing * plain.store.row_bytes / 1e9:.2g} GB in {plain.store.folder.parent}"
+            f"augmentation.views={settings.views}: features of {missing:,} changed images are to "
+            f"be computed: {size:.2g} GB in {plain.store.folder.parent}"
             f"{_expected_time(plain.encoder, missing)}"
         )
     features = [plain]

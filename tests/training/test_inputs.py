@@ -152,7 +152,10 @@ def test_each_epoch_trains_on_one_view_of_each_image(encoder, dataset, experimen
     config = load_config(experiment, [*VIEWS, "training.seed=5"])
     _, inputs = prepare(encoder, dataset, config)
     told = capsys.readouterr().err
-    assert "augmentation.views=3: 48 changed images are to be encoded: 0.0002 GB in" in told
+    assert (
+        "augmentation.views=3: features of 48 changed images are to be computed: 0.0002 GB in"
+        in told
+    )
     expected = expected_views(encoder, dataset, config.augmentation)
     assert (expected[0] - expected[1]).abs().mean() > 0.05 * expected.abs().mean()
     for epoch in range(4):
@@ -172,7 +175,7 @@ def test_views_are_encoded_once_and_shared_by_seeds_of_training(
     monkeypatch.setattr(feature_cache, "InferenceEncoder", lambda *_: pytest.fail("encoding"))
     order = list(reversed(range(24)))  # a view belongs to the image, wherever it is in the list
     _, other = prepare(encoder, dataset.select(order), load_config(experiment, VIEWS))
-    assert not capsys.readouterr().err.count("encoded")
+    assert "computed" not in capsys.readouterr().err
     for view, same in zip(inputs.views, other.views, strict=True):
         assert torch.equal(view.take(order), same.take(range(24)))
     prepare(encoder, dataset, load_config(experiment, [*VIEWS, "training.seed=9"]))
@@ -251,12 +254,15 @@ def test_the_time_for_many_images_is_told(encoder, dataset, experiment, monkeypa
     assert ", about 0 s (" in capsys.readouterr().err
 
 
-def test_images_that_cannot_be_read_are_left_out_of_all_views(encoder, dataset, experiment):
+def test_images_that_cannot_be_read_are_left_out_of_all_views(encoder, dataset, experiment, capsys):
     dataset.paths[3].write_bytes(b"not an image")
     with pytest.raises(ImageError, match=r"1 of 24 images can't be read"):
         prepare(encoder, dataset, load_config(experiment, VIEWS))
     config = load_config(experiment, [*VIEWS, "data.bad_images=skip"])
     readable, inputs = prepare(encoder, dataset, config)
+    told = capsys.readouterr().err
+    assert told.count("not a readable image") == 1
+    assert "features of 46 changed images" in told
     assert len(readable) == 23
     assert [len(view.rows) for view in inputs.views] == [23] * 3
     assert all_of(inputs, 1, 23).shape[0] == 23
