@@ -11,12 +11,14 @@ from captioner.checks import (
     check_between,
     check_positive,
     check_share,
-    default_of,
     expected_error,
 )
 from captioner.errors import ConfigError
+from captioner.search_config import SearchConfig
 
 Cell = Literal["lstm", "gru", "rnn_tanh", "rnn_relu"]
+Padding = Literal["torchvision", "tensorflow"]
+BatchNorm = Literal["update", "frozen"]
 Initialisation = Literal["orthogonal", "xavier", "identity"]
 Objective = Literal["cross_entropy", "self_critical"]
 
@@ -104,6 +106,47 @@ class PreprocessingConfig:
 
 
 @dataclass(frozen=True)
+class AugmentationConfig:
+    """How training images are changed at random; off by default. Validation never is.
+
+    A CNN that is trained sees each image changed anew in each epoch, by ``training.seed``. For a
+    frozen CNN ``views`` are drawn once, and their features cached.
+
+    Attributes:
+        crop: Least share of the image's area that is kept, at least 0.05; the part is then scaled
+            to the square that the CNN sees, by which its aspect changes by 3/4 to 4/3. 1 is off.
+        flip: Flip half of the images from left to right; never one of whose (English) captions
+            says left or right.
+        colour: Change brightness, contrast and saturation by a factor of 1 - ``colour`` to
+            1 + ``colour`` each; below 1, 0 is off.
+        views: Of a frozen CNN: so many versions of each image are encoded and cached, the first
+            of them plain, at most 100; each epoch trains on one of each image, in turn.
+        seed: Of these views, below 2 ** 63: runs that differ in ``training.seed`` share them.
+    """
+
+    crop: float = 1.0
+    flip: bool = False
+    colour: float = 0.0
+    views: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        check_between(self, crop=(0.05, 1.0), views=(1, 100), seed=(0, 2**63 - 1))
+        check_share(self, "colour")
+        if self.views > 1 and not self.changes:
+            raise ConfigError(
+                f"augmentation.views ({self.views}) has no effect without augmentation.crop, flip "
+                "or colour: all views would be the same"
+            )
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is changed at all."""
+        return self.crop < 1 or self.flip or self.colour > 0
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
     """The CNN.
 
@@ -113,15 +156,23 @@ class EncoderConfig:
             state_dict file, or "none" for random weights.
         last_stage: The stage whose output is the features; "" takes the last. An earlier one has
             a finer grid: vgg16's "features.29" is 14 x 14 regions of 224 pixels (Xu et al. 2015).
+        padding: How layers with a stride pad: as torchvision's (the same on all sides), or as
+            TensorFlow's "SAME" (at even sizes right and bottom alone), for weights from there.
         fine_tune_from: The first stage that is trained ("layer3", "features.14"); "" freezes all.
             "all" trains the whole CNN.
+        batch_norm: Statistics of the trained stages' batch norm: "update" takes each batch's own
+            and keeps a running mean for use, as a CNN that is trained from nothing needs it;
+            "frozen" keeps those of the weights, as is usual with small batches. Scale and shift
+            are trained either way.
         learning_rate: Peak learning rate of the trained stages.
     """
 
     name: str = "resnet50"
     weights: str = "DEFAULT"
     last_stage: str = ""
+    padding: Padding = "torchvision"
     fine_tune_from: str = ""
+    batch_norm: BatchNorm = "update"
     learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -213,7 +264,8 @@ class TrainingConfig:
         average_decay: Validation and ``best`` take a moving average of the weights: at each step so
             much of the average stays (0.99, say), less in the first steps; 0 takes the weights
             themselves.
-        precision: "auto" is bfloat16 where the device computes in it, else float32.
+        precision: "auto" is bfloat16 where the device computes in it, else float32. A CNN that is
+            trained on a CPU computes in float32 in any case, which is faster there.
         device: "auto" is CUDA, else MPS, else CPU.
         seed: Seed of weights, batches and dropout.
         patience: Epochs without a better score before training stops; 0 never stops early.
@@ -289,96 +341,6 @@ class SelfCriticalConfig:
 
 
 @dataclass(frozen=True)
-class SearchConfig:
-    """How captions are found when none are given.
-
-    ``beam_size``, ``n_best``, ``groups`` and ``samples`` are at most 10,000.
-
-    Attributes:
-        beam_size: Hypotheses kept; 1 is greedy search.
-        max_length: Most words in a caption, at most 1,000.
-        length_penalty: Finished hypotheses are ranked by log-probability / length ** this; 0 is
-            the plain log-probability, 1 its mean over the words; at most 100.
-        n_best: How many captions are found of each image, best first.
-        min_length: Fewest words in a caption.
-        no_repeat_ngram: No n-gram of this many words comes twice in a caption; 0 allows all.
-        no_repeat_word: No word directly follows itself.
-        no_dangling_end: No caption ends in a function word, such as "with" or "a".
-        forbidden: Words and phrases that no caption holds: at most 10,000, of 200 characters each.
-        forced: Words and phrases that every caption holds; each of their words costs a beam more.
-            At most 100, of 200 characters each.
-        groups: Diverse beam search: the beam is divided into so many groups, each of which avoids
-            the words that those before it took at the same step.
-        diversity: By how much, in log-probability for each hypothesis that took the word; at most
-            1e6.
-        samples: Draw so many captions at random instead of searching; 0 searches.
-        temperature: Of sampling: below 1 prefers likely words, above 1 levels them; 1e-6 to 1e6.
-        top_k: Draw from the so many likeliest words, at most 1,000,000; 0 from all.
-        top_p: Draw from the likeliest words that have this probability together; 1 from all.
-        seed: Of sampling, below 2 ** 63. A caption depends on it and on its image's name or place
-            alone.
-    """
-
-    beam_size: int = 5
-    max_length: int = 20
-    length_penalty: float = 0.7
-    n_best: int = 1
-    min_length: int = 0
-    no_repeat_ngram: int = 0
-    no_repeat_word: bool = False
-    no_dangling_end: bool = False
-    forbidden: tuple[str, ...] = ()
-    forced: tuple[str, ...] = ()
-    groups: int = 1
-    diversity: float = 0.5
-    samples: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse impossible values and combinations."""
-        check_between(self, beam_size=(1, 10_000), n_best=(1, 10_000), groups=(1, 10_000))
-        check_between(self, max_length=(1, 1000), min_length=(0, 1000), no_repeat_ngram=(0, 1000))
-        check_between(self, samples=(0, 10_000), length_penalty=(0.0, 100.0), diversity=(0.0, 1e6))
-        check_between(self, temperature=(1e-6, 1e6), top_k=(0, 1_000_000), seed=(0, 2**63 - 1))
-        check_positive(self, "top_p")
-        for name, most in (("forbidden", 10_000), ("forced", 100)):
-            phrases = getattr(self, name)
-            if isinstance(phrases, str):
-                raise expected_error(self, name, "a list of words and phrases")
-            if len(phrases) > most:
-                raise ConfigError(
-                    f"search.{name}: at most {most} phrases were expected, found {len(phrases)}"
-                )
-            if any(len(phrase) > 200 for phrase in phrases):
-                raise ConfigError(f"search.{name}: a phrase has more than 200 characters")
-        if self.top_p > 1:
-            raise expected_error(self, "top_p", "at most 1")
-        if self.min_length > self.max_length:
-            bound = f"at most search.max_length = {self.max_length}"
-            raise expected_error(self, "min_length", bound)
-        limit = ("samples", self.samples) if self.samples else ("beam_size", self.beam_size)
-        if self.n_best > limit[1]:
-            raise expected_error(self, "n_best", f"at most search.{limit[0]} = {limit[1]}")
-        if self.beam_size % self.groups:
-            raise expected_error(
-                self, "groups", f"a divisor of search.beam_size = {self.beam_size}"
-            )
-        together = {"samples": self.samples, "groups": self.groups > 1, "forced": self.forced}
-        used = [f"search.{name}" for name, value in together.items() if value]
-        if len(used) > 1:
-            raise ConfigError(f"{' and '.join(used)} can't be combined")
-        for name, needed in (
-            *((name, "samples") for name in ("temperature", "top_k", "top_p")),
-            ("diversity", "groups"),
-        ):
-            if f"search.{needed}" not in used and getattr(self, name) != default_of(self, name):
-                raise ConfigError(f"search.{name} has no effect without search.{needed}")
-
-
-@dataclass(frozen=True)
 class ValidationConfig:
     """Validation after each epoch: captions are decoded freely and scored.
 
@@ -430,6 +392,7 @@ class Config:
     data: DataConfig
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)

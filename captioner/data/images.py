@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,15 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from captioner.checks import check_between
+from captioner.data.augmentation import LEAST_ASPECT, Augmentation
 from captioner.data.image_files import ImageSource, Reserve, load_image, max_pixels
 from captioner.device import give_back_freed_memory
 from captioner.errors import ConfigError, ImageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Augment = Callable[[int], Augmentation]
 
 RESIZES, INTERPOLATIONS = ("crop", "squash"), ("bilinear", "bicubic")
 
@@ -79,18 +83,41 @@ class Preprocessing:
                     f"found {values}"
                 )
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Return the pixels of an RGB image: (3, image_size, image_size), uint8."""
+    def __call__(
+        self, image: Image.Image, augmentation: Augmentation | None = None
+    ) -> torch.Tensor:
+        """Return the pixels of an RGB image: (3, image_size, image_size), uint8.
+
+        Args:
+            image: Of any size.
+            augmentation: How it is changed, in training.
+        """
         mode = InterpolationMode(self.interpolation)
-        if self.resize == "squash":
+        if augmentation and augmentation.crops:
+            image = self._crop(image, augmentation)
+        elif self.resize == "squash":
             image = transforms.resize(image, [self.image_size, self.image_size], mode)
         else:
             image = transforms.resize(_without_ends(image), [self.resize_size], mode)
             image = transforms.center_crop(image, [self.image_size, self.image_size])
+        if augmentation:
+            image = augmentation.change(image)
         return transforms.pil_to_tensor(image)
 
+    def _crop(self, image: Image.Image, augmentation: Augmentation) -> Image.Image:
+        """Scale a random part of an image to the square."""
+        image = image if self.resize == "squash" else _without_ends(image)
+        width, height = image.size
+        box = augmentation.crop_box(width, height, width / height if self.resize == "squash" else 1)
+        resampling = Image.Resampling[self.interpolation.upper()]
+        return image.resize((self.image_size, self.image_size), resampling, box)
+
     def load(
-        self, source: ImageSource, reserve: Reserve | None = None, name: str = ""
+        self,
+        source: ImageSource,
+        reserve: Reserve | None = None,
+        name: str = "",
+        augmentation: Augmentation | None = None,
     ) -> torch.Tensor:
         """Return the pixels of an image: (3, image_size, image_size), uint8.
 
@@ -98,6 +125,7 @@ class Preprocessing:
             source: A path, bytes, an open binary file, or Pillow's image.
             reserve: As ``load_image`` takes it.
             name: What messages call the image; by default its path.
+            augmentation: How it is changed, in training.
 
         Raises:
             ImageError: It can't be read, or is too large.
@@ -105,7 +133,9 @@ class Preprocessing:
         """
         # At twice the size and more, what is scaled down beforehand can't be told apart after.
         least = 2 * (self.image_size if self.resize == "squash" else self.resize_size)
-        return self(load_image(source, least, reserve, name))
+        if augmentation and augmentation.crops:  # a part of it fills the square
+            least = math.ceil(least / math.sqrt(augmentation.settings.crop * LEAST_ASPECT))
+        return self(load_image(source, least, reserve, name), augmentation)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -145,6 +175,7 @@ def load_pixels(
     batches: Sequence[Sequence[int]],
     device: torch.device,
     workers: int = -1,
+    augment: Augment | None = None,
 ) -> Iterator[PixelBatch]:
     """Decode and preprocess images, batch by batch, in order.
 
@@ -160,12 +191,14 @@ def load_pixels(
         workers: Processes or threads; 0 decodes in this one, -1 takes one a core (16 at most).
             All together hold about 1 GiB of large images at a time (``DecodingMemory``). An image
             for which memory runs out is read again while no other large one is held; then it fails.
+        augment: How an image of ``paths`` is changed in training, by its index.
     """
     max_pixels()  # if it is set wrong, that is said here
     if workers < 0:
         workers = min(16, _cores())
     in_threads = device.type == "cpu" and workers > 0
-    files = _ImageFiles(paths, preprocessing, DecodingMemory(processes=not in_threads))
+    memory = DecodingMemory(processes=not in_threads)
+    files = _ImageFiles(paths, preprocessing, memory, augment)
     if in_threads:
         return _load_in_threads(files, batches, workers)
     return iter(
@@ -247,9 +280,14 @@ class DecodingMemory:
 
 class _ImageFiles(Dataset):
     def __init__(
-        self, paths: Sequence[str | Path], preprocessing: Preprocessing, memory: DecodingMemory
+        self,
+        paths: Sequence[str | Path],
+        preprocessing: Preprocessing,
+        memory: DecodingMemory,
+        augment: Augment | None = None,
     ) -> None:
         self.paths, self.preprocessing, self.memory = paths, preprocessing, memory
+        self.augment = augment
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -269,7 +307,8 @@ class _ImageFiles(Dataset):
         with self.memory.reader() as reserve:
             if alone:
                 reserve(self.memory.BLOCK_BYTES * self.memory.BLOCKS)
-            return self.preprocessing.load(self.paths[index], reserve)
+            augmentation = self.augment(index) if self.augment else None
+            return self.preprocessing.load(self.paths[index], reserve, augmentation=augmentation)
 
 
 def _collate(items: list[tuple[int, torch.Tensor | None, str]]) -> PixelBatch:

@@ -33,7 +33,7 @@ from captioner.checksums import (
     sha256_of,
     write_checksums,
 )
-from captioner.config import DecoderConfig, SearchConfig
+from captioner.config import DecoderConfig, Padding, SearchConfig
 from captioner.data.images import Preprocessing
 from captioner.data.vocabulary import Vocabulary
 from captioner.errors import CaptionerError, CheckpointError, ConfigError, name_some
@@ -58,6 +58,7 @@ class _EncoderContent:
     name: str
     last_stage: str
     preprocessing: Preprocessing
+    padding: Padding = "torchvision"  # not in older checkpoints
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,8 @@ def save_checkpoint(model: CaptioningModel, directory: Path, scores: dict[str, A
     state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
     safetensors.torch.save_file(state, directory / WEIGHTS_FILE)
     write_json(directory / VOCABULARY_FILE, list(model.vocabulary.words), indent=None)
-    encoder = _EncoderContent(
-        model.encoder.name, model.encoder.last_stage, model.encoder.preprocessing
-    )
+    cnn = model.encoder
+    encoder = _EncoderContent(cnn.name, cnn.last_stage, cnn.preprocessing, cnn.padding)
     content = _Content(FORMAT, __version__, encoder, model.decoder.config, model.search, scores)
     write_json(directory / CONFIG_FILE, dataclasses.asdict(content))
     write_checksums(directory)
@@ -207,6 +207,7 @@ def _build_model(
             content.encoder.preprocessing,
             content.encoder.last_stage,
             by_part.pop(part),
+            content.encoder.padding,
         )
         with Unallocated():
             model = CaptioningModel(encoder, content.decoder, vocabulary, content.search)

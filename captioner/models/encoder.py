@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captioner.config import PreprocessingConfig
+from captioner.config import BatchNorm, Padding, PreprocessingConfig
 from captioner.data.images import Preprocessing
 from captioner.errors import ConfigError, WeightsError, did_you_mean
+from captioner.models.padding import pad_as_tensorflow
 from captioner.models.pretrained_cnn import (
     HEADS,
     build_cnn,
@@ -18,6 +19,7 @@ from captioner.models.pretrained_cnn import (
     read_weights,
     remove_head,
 )
+from captioner.models.training_cnn import TrainingCNN
 from captioner.models.weights import Unallocated, fill, misfit
 
 
@@ -32,13 +34,14 @@ class Encoder(nn.Module):
         last_stage: The stage whose output is taken as the features; those after it are left
             out. An earlier one has a finer grid. "" takes the last one there is.
         tensors: Its weights, by the names of its ``state_dict``; None draws random ones.
+        padding: How layers with a stride pad; "tensorflow" for weights that come from there.
 
     Attributes:
         stages: Names of the parts in running order, for fine-tuning ("layer3", "features.14").
         grid_shape: (N, D): regions and width of the features.
 
     Raises:
-        ConfigError: No such CNN, or one that doesn't end in a feature map.
+        ConfigError: No such CNN, or one that doesn't end in a feature map, or can't pad so.
         CheckpointError: The tensors don't fit it.
     """
 
@@ -51,9 +54,11 @@ class Encoder(nn.Module):
         preprocessing: Preprocessing,
         last_stage: str = "",
         tensors: Mapping[str, Tensor] | None = None,
+        padding: Padding = "torchvision",
     ) -> None:
         super().__init__()
         self.name, self.preprocessing, self.last_stage = name, preprocessing, last_stage
+        self.padding: Padding = padding
         with contextlib.nullcontext() if tensors is None else Unallocated():
             self.cnn, stages = remove_head(build_cnn(name), name)
         self.stages = stages
@@ -64,11 +69,15 @@ class Encoder(nn.Module):
         for stage in stages[len(self.stages) :]:
             parent, _, child = stage.rpartition(".")
             delattr(self.cnn.get_submodule(parent), child)
+        if padding == "tensorflow":
+            pad_as_tensorflow(self.cnn, name)
         self.register_buffer("mean", _channels(preprocessing.mean), persistent=False)
         self.register_buffer("std", _channels(preprocessing.std), persistent=False)
         if tensors is not None:
             fill(self, tensors)
         self._trained: list[str] = []
+        self._fast: tuple[nn.Module, ...] = ()  # in a tuple, so that its weights count once
+        self._batch_norm: BatchNorm = "update"
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
         self.grid_shape = self._measure_grid()
@@ -83,17 +92,28 @@ class Encoder(nn.Module):
             The grid of region features, row by row: (B, N, D).
         """
         x = self.normalise(pixels)
-        for stage in self.stages:
-            x = self.cnn.get_submodule(stage)(x)
+        if self.training and self._fast:
+            # On a CPU float32 is faster here: of bfloat16 the gradients of convolutions are slow.
+            with torch.autocast("cpu", enabled=False):
+                return to_regions(self._fast[0](x))
+        for stage in self._modules_of_stages():
+            x = stage(x)
         return to_regions(x)
+
+    def _modules_of_stages(self) -> list[nn.Module]:
+        return [self.cnn.get_submodule(stage) for stage in self.stages]
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return pixels as the CNN takes them: float, minus mean, by standard deviation."""
         x = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         return x.contiguous(memory_format=torch.channels_last)
 
-    def fine_tune_from(self, stage: str) -> None:
+    def fine_tune_from(self, stage: str, batch_norm: BatchNorm = "update") -> None:
         """Train the CNN from ``stage`` on ("all": from the first); "" freezes it.
+
+        Args:
+            stage: One of ``stages``, "all" or "".
+            batch_norm: Statistics of its batch norm in training: see ``config.EncoderConfig``.
 
         Raises:
             ConfigError: No such stage; the message lists them.
@@ -102,7 +122,7 @@ class Encoder(nn.Module):
             self._check_stage("fine_tune_from", stage)
         start = {"": len(self.stages), "all": 0}.get(stage)
         start = self.stages.index(stage) if start is None else start
-        self._trained = self.stages[start:]
+        self._trained, self._batch_norm = self.stages[start:], batch_norm
         self.requires_grad_(False)
         for name in self._trained:
             self.cnn.get_submodule(name).requires_grad_(True)
@@ -110,7 +130,12 @@ class Encoder(nn.Module):
             raise ConfigError(
                 f"encoder.fine_tune_from: {self.name} has nothing to train from '{stage}' on"
             )
-        self.train(self.training)
+        training = self.training
+        self.train()
+        self._fast = ()
+        if self._trained:
+            self._fast = (TrainingCNN(nn.Sequential(*self._modules_of_stages())),)
+        self.train(training)
 
     def _check_stage(self, setting: str, stage: str) -> None:
         if stage not in self.stages:
@@ -127,7 +152,10 @@ class Encoder(nn.Module):
         super().train(False)
         self.training = mode
         for name in self._trained:
-            self.cnn.get_submodule(name).train(mode)
+            stage = self.cnn.get_submodule(name).train(mode)
+            for module in stage.modules() if self._batch_norm == "frozen" else ():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
 
     def load_weights(self, weights: str) -> None:
@@ -160,11 +188,14 @@ class Encoder(nn.Module):
         for key, tensor in sorted(self.cnn.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        # Without torchvision's padding, so that features that were cached before remain known.
+        padding = {"padding": self.padding} if self.padding != "torchvision" else {}
         return {
             "encoder": self.name,
             "last_stage": self.last_stage,
             "weights_sha256": digest.hexdigest(),
             "preprocessing": self.preprocessing.to_dict(),
+            **padding,
         }
 
     def _measure_grid(self) -> tuple[int, int]:
@@ -188,7 +219,11 @@ def to_regions(grid: Tensor) -> Tensor:
 
 
 def make_encoder(
-    name: str, weights: str, changes: PreprocessingConfig | None = None, last_stage: str = ""
+    name: str,
+    weights: str,
+    changes: PreprocessingConfig | None = None,
+    last_stage: str = "",
+    padding: Padding = "torchvision",
 ) -> Encoder:
     """Build an encoder with its weights and the preprocessing that belongs to them.
 
@@ -197,9 +232,10 @@ def make_encoder(
         weights: A torchvision weights name, the path of a state_dict file, or "none".
         changes: What is to differ from the weights' own preprocessing.
         last_stage: See ``Encoder``.
+        padding: See ``Encoder``.
     """
     preprocessing = make_preprocessing(name, weights, changes or PreprocessingConfig())
-    encoder = Encoder(name, preprocessing, last_stage)
+    encoder = Encoder(name, preprocessing, last_stage, padding=padding)
     encoder.load_weights(weights)
     return encoder
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from captioner.models.encoder import Encoder, to_regions
+from captioner.models.padding import can_be_rotated, rotate
 
 CPU_CHUNK = 8  # images at a time: a CPU's caches hold what lies between two layers for so many
 
@@ -30,6 +31,9 @@ class InferenceEncoder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision's asserts while it is traced
             self._cnn = fuse(cnn.eval())
+        self._rotated = can_be_rotated(cnn)
+        if self._rotated:  # TensorFlow's padding, without padding
+            rotate(self._cnn)
         encoder.train(training)
         for module in self._cnn.modules():
             if not isinstance(module, nn.modules.batchnorm._BatchNorm):  # not folded: keep exact
@@ -44,6 +48,8 @@ class InferenceEncoder:
         chunk_size = len(pixels) if self.device.type == "cuda" else CPU_CHUNK
         grids = []
         for chunk in pixels.split(chunk_size) if len(pixels) else [pixels]:
-            x = self._normalise(chunk.to(self.device, non_blocking=True)).to(self._dtype)
-            grids.append(to_regions(self._cnn(x)))
+            chunk = chunk.to(self.device, non_blocking=True)
+            x = self._normalise(chunk.flip(2, 3) if self._rotated else chunk).to(self._dtype)
+            regions = to_regions(self._cnn(x))
+            grids.append(regions.flip(1) if self._rotated else regions)
         return torch.cat(grids)

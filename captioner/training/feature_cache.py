@@ -1,20 +1,24 @@
 """The features of a frozen CNN, computed once per image and kept on disk.
 
 ``feature_store`` has the files; here is what comes before and after them: which image files have
-features already, encoding those that don't, and handing features out in batches.
+features already, encoding those that don't, and handing features out in batches. Images that are
+changed at random have several views, each with a store of its own.
 """
 
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from captioner.data.images import in_batches, load_pixels
+from captioner.config import AugmentationConfig
+from captioner.data.augmentation import of_view
+from captioner.data.images import Augment, in_batches, load_pixels
 from captioner.errors import CacheError, ImageError, name_some
 from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
@@ -26,6 +30,8 @@ HASHING_THREADS = 8
 # File systems note times in steps of up to 2 s: a file that was written just now may be written
 # again and look the same. Its hash isn't remembered.
 SETTLED_NS = 2_000_000_000
+# How long more images than these will take is measured beforehand, on so many batches.
+MANY_IMAGES, TIMED_BATCHES = 1000, 3
 
 Failures = list[tuple[int, str]]  # images that can't be read: index and message
 
@@ -101,7 +107,7 @@ class Features:
         try:
             with self.store.opened_for_append(wait=False):
                 for row, image in image_by_row.items():
-                    self.store.rewrite(row, self.encoder.files[image].content, encoded[row])
+                    self.store.rewrite(row, self.encoder.key(image), encoded[row])
                     self.stored.set_checksum(row, encoded[row])
         except CacheError:  # read-only, full or being filled: they stay in memory
             self.stored.replaced.update(encoded)
@@ -152,6 +158,82 @@ def cached_features(
     for i, file in files.items():
         rows[i] = store.row_by_content.get(file.content, -1)
     return Features(rows, store.map_rows(), np.arange(len(paths)), image_encoder, store)
+
+
+def cached_views(
+    plain: Features, settings: AugmentationConfig, flippable: Sequence[bool], bad_images: str
+) -> list[Features]:
+    """Return the features of several views of images: the plain one, then changed ones.
+
+    What an image becomes in a view depends on ``settings.seed``, its content and the number of the
+    view. What isn't in the cache is encoded; disk space and time are told beforehand.
+
+    Args:
+        plain: The features of the images themselves; all of them, in their order.
+        settings: How many views, and what is changed in them.
+        flippable: Which images may be flipped.
+        bad_images: As for ``cached_features``.
+
+    Raises:
+        ImageError: Images can't be read.
+        CacheError: The cache is damaged or can't be written, or the disk has too little room.
+    """
+    views = []
+    readable = {i: file for i, file in plain.encoder.files.items() if plain.rows[i] >= 0}
+    for number in range(1, settings.views):
+        fingerprint = {**plain.store.meta, "augmentation": _decisive(settings, number)}
+        store = FeatureStore(plain.store.folder.parent, fingerprint, plain.store.row_shape)
+        view = _View(settings, flippable, number)
+        views.append((store, replace(plain.encoder, files=readable, view=view)))
+    missing = sum(len(_missing(store, encoder)) for store, encoder in views)
+    if missing:
+        plain.store.check_free_space(missing)
+        size = missing * plain.store.row_bytes / 1e9
+        log_line(
+            f"augmentation.views={settings.views}: features of {missing:,} changed images are to "
+            f"be computed: {size:.2g} GB in {plain.store.folder.parent}"
+            f"{_expected_time(plain.encoder, missing)}"
+        )
+    features = [plain]
+    for store, encoder in views:
+        if _missing(store, encoder):
+            report_failures(_fill(store, encoder), len(plain.rows), bad_images)
+        rows = np.full(len(plain.rows), -1, dtype=np.int64)
+        for i in encoder.files:
+            rows[i] = store.row_by_content.get(encoder.key(i), -1)
+        features.append(
+            replace(plain, rows=rows, stored=store.map_rows(), encoder=encoder, store=store)
+        )
+    return features
+
+
+def _decisive(settings: AugmentationConfig, view: int) -> dict[str, float]:
+    """Return what decides about the changes in a view."""
+    values = asdict(settings)
+    del values["views"]
+    return {**values, "view": view}
+
+
+def _missing(store: FeatureStore, encoder: "_ImageEncoder") -> set[str]:
+    return {encoder.key(i) for i in encoder.files} - store.row_by_content.keys()
+
+
+def _expected_time(encoder: "_ImageEncoder", count: int) -> str:
+    """Return in words how long encoding will take, measured on a few images."""
+    if count < MANY_IMAGES:
+        return ""
+    images, started = 0, 0.0
+    for indices, _, _ in encoder.encode(list(encoder.files)[: TIMED_BATCHES * ENCODE_BATCH_SIZE]):
+        if started:  # the first batch begins with preparing the CNN
+            images += len(indices)
+        else:
+            started = time.monotonic()
+    if not images:
+        return ""
+    rate = images / (time.monotonic() - started)
+    seconds = count / rate
+    duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    return f", about {duration} ({rate:.0f} images/s)"
 
 
 def report_failures(failures: Failures, total: int, bad_images: str) -> None:
@@ -221,21 +303,31 @@ def _fill(store: FeatureStore, encoder: "_ImageEncoder", wait: bool = True) -> F
     failures: Failures = []
     with store.opened_for_append(wait):
         missing: dict[str, list[int]] = {}
-        for i, file in sorted(files.items()):
-            if file.content not in store.row_by_content:
-                missing.setdefault(file.content, []).append(i)
+        for i in sorted(files):
+            if encoder.key(i) not in store.row_by_content:
+                missing.setdefault(encoder.key(i), []).append(i)
         store.check_free_space(len(missing))
         for indices, rows, failed in encoder.encode([group[0] for group in missing.values()]):
-            batch = [files[i] for i in indices]
-            statuses = [file.status if file.settled else None for file in batch]
-            store.append([file.content for file in batch], rows, statuses)
+            statuses = [
+                files[i].status if files[i].settled and not encoder.view else None for i in indices
+            ]
+            store.append([encoder.key(i) for i in indices], rows, statuses)
             for i, message in failed:
-                copies = missing[files[i].content][1:]
+                copies = missing[encoder.key(i)][1:]
                 failures += [(i, message)]
                 failures += [(copy, f"{paths[copy]}: a copy of {paths[i]}") for copy in copies]
-        for file in _unknown_files(files.values(), store):
+        for file in [] if encoder.view else _unknown_files(files.values(), store):
             store.remember(file.content, file.status)
     return failures
+
+
+@dataclass(frozen=True)
+class _View:
+    """A version of each image of a data set; see ``data.augmentation``."""
+
+    settings: AugmentationConfig
+    flippable: Sequence[bool]
+    number: int
 
 
 @dataclass(frozen=True)
@@ -244,6 +336,7 @@ class _ImageEncoder:
 
     Attributes:
         files: By index in ``paths``; without those that couldn't be read.
+        view: Which version of them; None for the images as they are.
     """
 
     encoder: Encoder
@@ -253,6 +346,23 @@ class _ImageEncoder:
     precision: torch.dtype
     pooled: bool
     workers: int
+    view: _View | None = None
+
+    def key(self, image: int) -> str:
+        """Return what the store knows the features of an image by."""
+        content = self.files[image].content
+        view = self.view
+        # The same photograph may have other captions in another data set.
+        is_held = view and view.settings.flip and not view.flippable[image]
+        return f"{content}-unflipped" if is_held else content
+
+    @property
+    def _augment(self) -> Augment | None:
+        if not self.view:
+            return None
+        contents = {i: file.content for i, file in self.files.items()}
+        view = self.view
+        return partial(of_view, view.settings, view.flippable, contents, view.number)
 
     def encode(self, indices: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray, Failures]]:
         """Yield batches of these images: their indices, rows (B, N, D) in float16, and failures.
@@ -265,8 +375,13 @@ class _ImageEncoder:
         ranges = in_batches(len(indices), ENCODE_BATCH_SIZE)
         batches = [[indices[i] for i in batch_range] for batch_range in ranges]
         preprocessing = self.encoder.preprocessing
-        with Progress(f"encoding with {self.encoder.name}", len(indices), "image") as bar:
-            for batch in load_pixels(self.paths, preprocessing, batches, self.device, self.workers):
+        loaded = load_pixels(
+            self.paths, preprocessing, batches, self.device, self.workers, self._augment
+        )
+        of_view_number = f", view {self.view.number + 1}" if self.view else ""
+        description = f"encoding with {self.encoder.name}{of_view_number}"
+        with Progress(description, len(indices), "image") as bar:
+            for batch in loaded:
                 rows = np.empty((0, 1, 1), dtype=np.float16)
                 if batch.indices:
                     grid = cnn(batch.pixels)

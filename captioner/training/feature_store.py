@@ -1,7 +1,8 @@
 """The files of the feature cache: one store for each encoder fingerprint.
 
-    KEY/meta.json        the fingerprint (CNN, weights, preprocessing, precision, grid or pooled)
-                         and the shape of a row; its modification time is when it was last used
+    KEY/meta.json        the fingerprint (CNN, weights, preprocessing, precision, grid or pooled,
+                         a view's augmentation) and the shape of a row; its modification time is
+                         when it was last used
     KEY/index.jsonl      lines of [content, row, checksum, file]
     KEY/features.f16     the rows: float16, row after row
     KEY.lock             held while the store is being filled or removed
@@ -364,6 +365,8 @@ def _store_info(folder: Path) -> StoreInfo:
         grid = "pooled" if meta["pooled"] else f"{regions} regions"
         precision = str(meta["precision"]).removeprefix("torch.")
         details = f"{resize} {size}, {grid} of {width}, {precision}"
+        if "augmentation" in meta:
+            details += f", view {meta['augmentation']['view'] + 1}"
         encoder = " ".join(filter(None, [meta["encoder"], meta["last_stage"]]))
         in_use = meta["format"] == FORMAT
         images = sizes.get("features.f16", 0) // (2 * regions * width)

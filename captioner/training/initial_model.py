@@ -62,10 +62,12 @@ def make_model(config: Config, train_set: CaptionDataset, resumed: Path | None) 
         model = _model_of_checkpoint(config)
     else:
         cnn = config.encoder
-        encoder = make_encoder(cnn.name, cnn.weights, config.preprocessing, cnn.last_stage)
+        encoder = make_encoder(
+            cnn.name, cnn.weights, config.preprocessing, cnn.last_stage, cnn.padding
+        )
         vocabulary = _make_vocabulary(config, train_set)
         model = CaptioningModel(encoder, config.decoder, vocabulary, config.search)
-    model.encoder.fine_tune_from(config.encoder.fine_tune_from)
+    model.encoder.fine_tune_from(config.encoder.fine_tune_from, config.encoder.batch_norm)
     if config.training.init_from:
         _report_unknown_words(config, train_set, model.vocabulary)
     elif resumed and model.vocabulary.words != _make_vocabulary(config, train_set).words:
@@ -103,6 +105,7 @@ def _model_of_checkpoint(config: Config) -> CaptioningModel:
     found = {
         "encoder.name": checkpoint.encoder.name,
         "encoder.last_stage": checkpoint.encoder.last_stage,
+        "encoder.padding": checkpoint.encoder.padding,
         **_named("decoder", checkpoint.decoder.config),
         **_named("preprocessing", checkpoint.encoder.preprocessing),
     }
@@ -120,6 +123,7 @@ def settings_of_weights(config: Config) -> dict[str, object]:
     return {
         "encoder.name": cnn.name,
         "encoder.last_stage": cnn.last_stage,
+        "encoder.padding": cnn.padding,
         **_named("decoder", config.decoder),
         **_named("preprocessing", make_preprocessing(cnn.name, cnn.weights, config.preprocessing)),
     }

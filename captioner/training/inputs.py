@@ -2,44 +2,95 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from captioner.config import Config
+from captioner.config import AugmentationConfig, Config
+from captioner.data.augmentation import of_epoch, tells_sides, views_of_epoch
 from captioner.data.dataset import CaptionDataset
 from captioner.data.images import Preprocessing, in_batches, load_pixels
 from captioner.models.captioning_model import CaptioningModel
 from captioner.progress import Progress, log_line
-from captioner.training.feature_cache import Features, cached_features, report_failures
+from captioner.training.feature_cache import (
+    Features,
+    cached_features,
+    cached_views,
+    report_failures,
+)
 from captioner.training.feature_store import default_cache_dir
+
+NO_AUGMENTATION = AugmentationConfig()
 
 
 @dataclass(frozen=True)
 class CachedInputs:
-    """Batches of cached features, (B, N, D), float16."""
+    """Batches of cached features, (B, N, D), float16.
 
-    features: Features
+    Attributes:
+        views: The features of the images themselves, then of changed versions if there are any.
+        seed: Decides which view of an image an epoch takes.
+    """
 
-    def batches(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor]]:
+    views: list[Features]
+    seed: int
+
+    def batches(
+        self, batches: Sequence[Sequence[int]], epoch: int = 0
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the images of each batch and their features."""
+        count = len(self.views[0].rows)
+        view_by_image = views_of_epoch(self.seed, epoch, count, len(self.views))
         for indices in batches:
-            yield list(indices), self.features.take(indices)
+            yield list(indices), self._take(np.array(indices), view_by_image[list(indices)])
+
+    def _take(self, images: np.ndarray, chosen: np.ndarray) -> Tensor:
+        """Return the features of images (B), each in the view that is chosen for it (B)."""
+        numbers = np.unique(chosen).tolist()
+        if len(numbers) == 1:
+            return self.views[numbers[0]].take(images)
+        places = [np.flatnonzero(chosen == number) for number in numbers]
+        parts = [
+            self.views[number].take(images[at]) for number, at in zip(numbers, places, strict=True)
+        ]
+        return torch.cat(parts)[np.argsort(np.concatenate(places))]
 
 
 @dataclass(frozen=True)
 class PixelInputs:
-    """Batches of pixels, (B, 3, S, S), uint8, for a CNN that is being trained."""
+    """Batches of pixels, (B, 3, S, S), uint8, for a CNN that is being trained.
+
+    Attributes:
+        augmentation: How images are changed; an epoch's changes depend on (seed, epoch, image).
+        flippable: Which images may be flipped.
+        seed: Of these changes.
+    """
 
     paths: list[Path]
     preprocessing: Preprocessing
     workers: int
     device: torch.device
+    augmentation: AugmentationConfig
+    flippable: list[bool]
+    seed: int
 
-    def batches(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor]]:
+    def batches(
+        self, batches: Sequence[Sequence[int]], epoch: int = 0
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the images of each batch that can be read, and their pixels."""
-        loader = load_pixels(self.paths, self.preprocessing, batches, self.device, self.workers)
+        settings = self.augmentation
+        augment = partial(of_epoch, settings, self.flippable, self.seed, epoch)
+        loader = load_pixels(
+            self.paths,
+            self.preprocessing,
+            batches,
+            self.device,
+            self.workers,
+            augment if settings.changes else None,
+        )
         for batch in loader:
             # They could be read before training: a disk that fails now must not end the job.
             for _, message in batch.failures:
@@ -56,8 +107,17 @@ def prepare_inputs(
     config: Config,
     device: torch.device,
     precision: torch.dtype,
+    training: bool = False,
 ) -> tuple[CaptionDataset, Inputs]:
     """Encode all images once if the CNN is frozen, else check that they can all be read.
+
+    Args:
+        model: Whose CNN encodes them.
+        dataset: The images.
+        config: The experiment.
+        device: Where the CNN computes.
+        precision: Of a frozen CNN.
+        training: Whether the images are to be changed as ``config.augmentation`` says.
 
     Returns:
         The images that can be read, and their inputs.
@@ -65,29 +125,87 @@ def prepare_inputs(
     Raises:
         ImageError: Some can't, and ``data.bad_images`` is "error".
     """
-    data = config.data
+    settings = config.augmentation if training else NO_AUGMENTATION
+    flippable = [not (settings.flip and tells_sides(texts)) for texts in dataset.captions]
+    _report_augmentation(settings, flippable, model.encoder.frozen)
     if model.encoder.frozen:
-        features = cached_features(
-            model.encoder,
-            dataset.paths,
-            data.cache_dir or default_cache_dir(),
-            device,
-            precision,
-            model.decoder.pooled,
-            data.workers,
-            data.bad_images,
-        )
-        readable = [i for i, row in enumerate(features.rows) if row >= 0]
-        inputs: Inputs = CachedInputs(features.select(readable))
-        return dataset.select(readable), inputs
-    preprocessing = model.encoder.preprocessing
-    batches = in_batches(len(dataset), 32)
+        return _cached_inputs(model, dataset, config, device, precision, settings, flippable)
+    return _pixel_inputs(model.encoder.preprocessing, dataset, config, device, settings, flippable)
+
+
+def _pixel_inputs(
+    preprocessing: Preprocessing,
+    dataset: CaptionDataset,
+    config: Config,
+    device: torch.device,
+    settings: AugmentationConfig,
+    flippable: list[bool],
+) -> tuple[CaptionDataset, PixelInputs]:
+    """Return the images that can be read, and their pixels."""
+    data = config.data
     failures = []
     with Progress("checking images", len(dataset), "image") as bar:
+        batches = in_batches(len(dataset), 32)
         for batch in load_pixels(dataset.paths, preprocessing, batches, device, data.workers):
             failures += batch.failures
             bar.update(len(batch.indices) + len(batch.failures))
     report_failures(failures, len(dataset), data.bad_images)
     unreadable = {index for index, _ in failures}
-    dataset = dataset.select([i for i in range(len(dataset)) if i not in unreadable])
-    return dataset, PixelInputs(dataset.paths, preprocessing, data.workers, device)
+    readable = [i for i in range(len(dataset)) if i not in unreadable]
+    dataset = dataset.select(readable)
+    return dataset, PixelInputs(
+        dataset.paths,
+        preprocessing,
+        data.workers,
+        device,
+        settings,
+        [flippable[i] for i in readable],
+        config.training.seed,
+    )
+
+
+def _cached_inputs(
+    model: CaptioningModel,
+    dataset: CaptionDataset,
+    config: Config,
+    device: torch.device,
+    precision: torch.dtype,
+    settings: AugmentationConfig,
+    flippable: list[bool],
+) -> tuple[CaptionDataset, CachedInputs]:
+    """Return the images that can be read, and the features of each of their views."""
+    data = config.data
+    plain = cached_features(
+        model.encoder,
+        dataset.paths,
+        data.cache_dir or default_cache_dir(),
+        device,
+        precision,
+        model.decoder.pooled,
+        data.workers,
+        data.bad_images,
+    )
+    views = cached_views(plain, settings, flippable, data.bad_images)
+    rows = np.stack([view.rows for view in views])
+    readable = np.flatnonzero((rows >= 0).all(0)).tolist()
+    inputs = CachedInputs([view.select(readable) for view in views], config.training.seed)
+    return dataset.select(readable), inputs
+
+
+def _report_augmentation(settings: AugmentationConfig, flippable: list[bool], frozen: bool) -> None:
+    """Say what the settings of the augmentation don't do."""
+    if frozen and settings.changes and settings.views == 1:
+        log_line(
+            "warning: augmentation.crop, flip and colour have no effect on a frozen CNN with "
+            "augmentation.views=1; views=4 caches three changed versions of each image too"
+        )
+    elif settings.flip:
+        log_line(
+            f"augmentation.flip: {flippable.count(False):,} of {len(flippable):,} images are never "
+            "flipped, since a caption says left or right"
+        )
+    if not frozen and settings.views > 1:
+        log_line(
+            f"warning: augmentation.views={settings.views} has no effect on a CNN that is trained: "
+            "each epoch changes the images anew"
+        )

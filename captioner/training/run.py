@@ -124,7 +124,9 @@ def _train(
     train_set, val_set = load_splits(config)
     model = make_model(config, train_set, output_dir if saved else None).to(device)
     with memory_errors(lambda: f"encoding images with {config.encoder.name} on {device}"):
-        train_set, train_inputs = prepare_inputs(model, train_set, config, device, precision)
+        train_set, train_inputs = prepare_inputs(
+            model, train_set, config, device, precision, training=True
+        )
         val_set, val_inputs = prepare_inputs(model, val_set, config, device, precision)
     circumstances = Circumstances.of_run(train_set, val_set, precision, device)
     if saved:

@@ -160,7 +160,7 @@ class Trainer:
         """Train on the batches of an epoch from ``state.batch`` on."""
         training, state = self.config.training, self.state
         remaining = batches[state.batch :]
-        loaded = inputs.batches([batch.images for batch in remaining])
+        loaded = inputs.batches([batch.images for batch in remaining], state.epoch)
         group: list[TrainingBatch] = []
         self.meter = Meter()
         description = f"epoch {state.epoch + 1}/{training.epochs}"

@@ -422,7 +422,7 @@ def test_an_image_without_memory_is_read_again_alone(tmp_path):
     had_all = []
 
     class ScarceAtFirst(Preprocessing):
-        def load(self, source, reserve=contextlib.nullcontext, name=""):
+        def load(self, source, reserve=contextlib.nullcontext, name="", augmentation=None):
             had_all.append(not memory._blocks.acquire(blocking=False))
             if not had_all[-1]:
                 memory._blocks.release()

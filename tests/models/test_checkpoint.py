@@ -118,6 +118,28 @@ def test_cnns_that_are_built_in_their_own_ways_come_back(name, tmp_path):
     assert torch.equal(loaded.encoder(pixels), model.eval().encoder(pixels))
 
 
+def test_the_padding_of_the_cnn_comes_back(tmp_path):
+    preprocessing = Preprocessing("squash", 32, 32)
+    vocabulary = Vocabulary([*SPECIAL_WORDS, "a"])
+    decoder = DecoderConfig("show_and_tell", embedding_size=4, hidden_size=4)
+    encoder = Encoder("mnasnet0_5", preprocessing, padding="tensorflow")
+    save_checkpoint(CaptioningModel(encoder, decoder, vocabulary, SearchConfig()), tmp_path, {})
+    loaded = load_checkpoint(tmp_path).encoder
+    assert loaded.padding == "tensorflow"
+    pixels = torch.arange(3 * 32 * 32).view(1, 3, 32, 32).to(torch.uint8)
+    stem = [cnn.cnn.layers[0](cnn.normalise(pixels)) for cnn in (loaded, encoder)]
+    assert torch.equal(*stem)
+    plain = Encoder("mnasnet0_5", preprocessing, tensors=encoder.state_dict())
+    assert not torch.equal(stem[0], plain.cnn.layers[0](plain.normalise(pixels)))
+
+
+def test_a_checkpoint_from_before_there_was_padding_has_torchvisions(unchecked, captioner, drawn):
+    edit_json(unchecked / "config.json", lambda content: content["encoder"].pop("padding") and None)
+    assert load_checkpoint(unchecked).encoder.padding == "torchvision"
+    loaded = Captioner.from_pretrained(unchecked, "cpu", "float32")
+    assert loaded.caption(drawn.paths) == captioner.caption(drawn.paths)
+
+
 def test_a_loaded_model_does_not_lean_on_its_file(checkpoint):
     """Weights that were only mapped from it would change, or crash, with it."""
     path = checkpoint / "model.safetensors"

@@ -103,6 +103,8 @@ CONFIGS = [
     ("encoder.name", "[]", "encoder.name: input should be a valid string"),
     ("encoder.last_stage", '"__class__"', "has no stage '__class__'"),
     ("encoder.last_stage", "3", "encoder.last_stage: input should be a valid string"),
+    ("encoder.padding", '"valid"', "encoder.padding: input should be 'torchvision' or 'tensorf"),
+    ("encoder.padding", '"tensorflow"', "encoder.padding=tensorflow can't be had with squeezenet"),
     ("encoder", '"squeezenet1_1"', "config.json: encoder: "),
     ("decoder.hidden_size", "30000", "doesn't fit config.json (decoder: "),
     ("decoder.hidden_size", str(HUGE), "decoder.hidden_size: at most 32768"),

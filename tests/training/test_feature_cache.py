@@ -268,8 +268,8 @@ def test_images_of_one_name_in_two_data_sets_are_never_mixed_up(encoder, tmp_pat
 class ChangingPreprocessing(Preprocessing):
     """Changes each file right after reading it."""
 
-    def load(self, path, *options):
-        pixels = super().load(path, *options)
+    def load(self, path, *reserve, **options):
+        pixels = super().load(path, *reserve, **options)
         Image.new("RGB", (16, 12)).save(path)
         return pixels
 

@@ -10,7 +10,8 @@ from training_runs import assert_same_weights, make_experiment, read_log, weight
 from captioner.data.predictions import read_predictions
 from captioner.errors import CheckpointError, ConfigError, DataError
 from captioner.experiment_file import load_config
-from captioner.training.run import train
+from captioner.training.initial_model import make_model
+from captioner.training.run import load_splits, train
 
 FROZEN = ["training.epochs=6", "training.patience=0", "decoder.dropout=0.0"]
 TUNED = ["encoder.fine_tune_from=features.12", "training.epochs=1", "training.learning_rate=1e-4"]
@@ -76,6 +77,22 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_of_all_that_differs(
     )
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         train(load_config(experiment, ["training.init_from=nowhere"]), tmp_path / "nowhere")
+
+
+def test_another_padding_than_the_checkpoints_is_refused(experiment, tmp_path, frozen_run):
+    settings = ["encoder.padding=tensorflow", f"training.init_from={frozen_run / 'best'}"]
+    with pytest.raises(CheckpointError, match=r"encoder\.padding is 'torchvision' there and 'tens"):
+        train(load_config(experiment, settings), tmp_path / "other")
+
+
+def test_padding_and_batch_norm_are_those_of_the_experiment(experiment):
+    settings = ["encoder.name=mobilenet_v2", "encoder.weights=none", "encoder.padding=tensorflow"]
+    settings += ["encoder.fine_tune_from=features.18", "encoder.batch_norm=frozen"]
+    config = load_config(experiment, settings)
+    encoder = make_model(config, load_splits(config)[0], None).encoder.train()
+    assert encoder.padding == "tensorflow"
+    convolution, batch_norm, _ = encoder.cnn.features[18]
+    assert (convolution.training, batch_norm.training) == (True, False)
 
 
 def test_words_that_the_checkpoint_lacks_are_counted(experiment, tmp_path, frozen_run, capsys):
