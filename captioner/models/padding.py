@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from captioner.errors import ConfigError
 
-PADDINGS = ("torchvision", "tensorflow")
-
 
 def pad_as_tensorflow(cnn: nn.Module, name: str) -> None:
     """Have a CNN pad its strided convolutions and max-pooling layers as TensorFlow does.
