@@ -39,7 +39,7 @@ def run(tiny_model, tmp_path) -> Path:
     circumstances = Circumstances("0" * 64, "1" * 64, "float32", "cpu")
     state = TrainState(epoch=2, step=9, best_scores={"BLEU-4": 0.5}, wandb_id="abc", loss=1 / 3)
     with atomic_directory(tmp_path / "run/last") as aside:
-        packed = pack_state(state, circumstances, CONFIG, make_optimizer(), CPU)
+        packed = pack_state(state, circumstances, CONFIG, make_optimizer(), None, CPU)
         torch.save(packed, aside / STATE_FILE)
         save_checkpoint(tiny_model, aside, {})
     return tmp_path / "run"
@@ -65,7 +65,7 @@ def refusal(run: Path) -> str:
 def test_what_was_saved_comes_back(run):
     state = load_training_state(run, CONFIG, resume=True)
     optimizer = make_optimizer()
-    assert unpack_state(state, optimizer, CPU) == TrainState(
+    assert unpack_state(state, optimizer, None, CPU) == TrainState(
         epoch=2, step=9, best_scores={"BLEU-4": 0.5}, wandb_id="abc", loss=1 / 3
     )
     assert Circumstances(**state["circumstances"]).precision == "float32"
@@ -143,12 +143,16 @@ def test_a_state_that_holds_something_else(unchecked, change, expected):
 def test_the_optimiser_of_another_model(run):
     state = load_training_state(run, CONFIG, resume=True)
     layer = torch.nn.Linear(3, 2, bias=False)
-    with pytest.raises(CheckpointError, match=r"training_state\.pt: its optimiser isn't that of"):
-        unpack_state(state, torch.optim.AdamW(layer.parameters()), CPU)
+    with pytest.raises(
+        CheckpointError, match=r"training_state\.pt: its optimiser or average isn't that of"
+    ):
+        unpack_state(state, torch.optim.AdamW(layer.parameters()), None, CPU)
     for name in ("state", "param_groups"):
         broken = state | {"optimizer": {name: 5}}
-        with pytest.raises(CheckpointError, match=r"training_state\.pt: its optimiser isn't that"):
-            unpack_state(broken, make_optimizer(), CPU)
+        with pytest.raises(
+            CheckpointError, match=r"training_state\.pt: its optimiser or average isn't that"
+        ):
+            unpack_state(broken, make_optimizer(), None, CPU)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
