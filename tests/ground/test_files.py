@@ -186,8 +186,9 @@ def read():
 write(0)
 seen = set()
 random.seed(0)
-reads = interrupted = 0
-for kill in range(25):
+reads = interrupted = kill = 0
+while kill < 25 or interrupted < 3:  # on a busy machine few kills meet a writer at work
+    kill += 1
     writer = os.fork()
     if not writer:
         for version in range(1_000_000):
@@ -212,7 +213,7 @@ print(reads, interrupted)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL is POSIX's")
 @pytest.mark.parametrize("exchange", [True, False])
 def test_readers_find_a_whole_directory_while_writers_are_killed(tmp_path, exchange):
-    """25 writers are killed at random moments; a reader reads all the time."""
+    """Writers are killed at random moments; a reader reads all the time."""
     if exchange:
         for name in ("one", "other"):
             (tmp_path / name).mkdir()
@@ -225,7 +226,7 @@ def test_readers_find_a_whole_directory_while_writers_are_killed(tmp_path, excha
     assert not done.stderr
     reads, interrupted = map(int, done.stdout.split())
     assert reads > 25
-    assert interrupted  # some kills left something to tidy up
+    assert interrupted >= 3  # these kills left something to tidy up
 
 
 KILLED_AT = """
