@@ -60,7 +60,7 @@ def allowed(freedom: int) -> float:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize(("images", "samples"), [(1, 10000), (10000, 1), (300, 40)])
+@pytest.mark.parametrize(("images", "samples"), [(1, 10000), (12000, 1), (300, 40)])
 def test_first_words_come_as_often_as_the_model_says(images, samples, settings):
     step, state = constant(LOGITS, images)
     config = SearchConfig(max_length=1, samples=samples, n_best=samples, seed=3, **settings)
