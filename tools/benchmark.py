@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,120 +20,19 @@ from benchmark_search import (
     products_alone,
     seconds_of,
 )
-from torch import Tensor, nn
+from benchmark_training import self_critical_rates, training_rates
+from torch import Tensor
 
 from captioner.cli import HelpFormatter, Parser, command
-from captioner.config import DecoderConfig
-from captioner.data.dataset import CaptionDataset, TrainingBatches, encode_captions
+from captioner.data.dataset import CaptionDataset
 from captioner.data.images import in_batches, load_pixels
-from captioner.data.vocabulary import PAD
-from captioner.device import autocast, keep_freed_memory
-from captioner.errors import ConfigError
+from captioner.device import keep_freed_memory
 from captioner.files import write_json
 from captioner.inference.captioner import Captioner
 from captioner.inference.folder import ImageFile, caption_files
-from captioner.models.captioning_model import DECODERS, make_decoder
-from captioner.models.inference_encoder import InferenceEncoder
 from captioner.progress import log_line
-from captioner.training.feature_cache import cached_features
-from captioner.training.losses import caption_loss
 
 ROUNDS = 9  # of all parts of captioning
-
-
-def cnn_alone(captioner: Captioner, paths: Sequence[Path]) -> float:
-    """Return images/s of the CNN from pixels in memory: the limit of all that follows."""
-    encoder = captioner.model.encoder
-    batches = [
-        batch.pixels
-        for batch in load_pixels(
-            paths, encoder.preprocessing, in_batches(len(paths), 32), captioner.device
-        )
-    ]
-
-    def run() -> None:
-        for pixels in batches:
-            cnn(pixels)
-
-    cnn = InferenceEncoder(encoder, captioner.precision)
-    cnn(batches[0])
-    return len(paths) / seconds_of(run, captioner.device)
-
-
-def caching(captioner: Captioner, paths: Sequence[Path]) -> float:
-    """Return images/s from files to features on disk."""
-    with tempfile.TemporaryDirectory() as folder:
-
-        def run() -> None:
-            cached_features(
-                captioner.model.encoder, paths, folder, captioner.device, captioner.precision
-            )
-
-        return len(paths) / seconds_of(run, captioner.device)
-
-
-class BareLSTM(nn.Module):
-    """A fused nn.LSTM and a linear layer: what teacher forcing costs at the very least."""
-
-    def __init__(self, config: DecoderConfig, vocabulary_size: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary_size, config.embedding_size)
-        self.lstm = nn.LSTM(config.embedding_size, config.hidden_size, batch_first=True)
-        self.output = nn.Linear(config.hidden_size, vocabulary_size)
-
-    def loss(self, token_ids: Tensor) -> Tensor:
-        """Return the cross-entropy of captions (B, K, T + 1)."""
-        inputs, targets = token_ids[..., :-1].flatten(0, 1), token_ids[..., 1:].flatten(0, 1)
-        real = targets != PAD
-        logits = self.output(self.lstm(self.embedding(inputs))[0][real])
-        return nn.functional.cross_entropy(logits.float(), targets[real])
-
-
-def training(
-    captioner: Captioner, dataset: CaptionDataset, kind: str | None, batch_size: int, steps: int
-) -> float:
-    """Return tokens/s of training steps from features in memory; kind None is the bare LSTM."""
-    model, device = captioner.model, captioner.device
-    plan = TrainingBatches(encode_captions(dataset, model.vocabulary), batch_size, 5, 0, 40)
-    batches = [plan.epoch(epoch)[i] for epoch in range(2) for i in range(len(plan))][: steps + 1]
-    regions, width = model.encoder.grid_shape
-    config = model.decoder.config
-    if kind:
-        decoder = make_decoder(
-            replace(config, kind=kind),
-            len(model.vocabulary),
-            width,
-        )
-        regions = 1 if decoder.pooled else regions
-        learner: nn.Module = decoder
-    else:
-        learner = bare = BareLSTM(config, len(model.vocabulary))
-    learner.to(device).train()
-    features = torch.randn(batch_size, regions, width, device=device, dtype=captioner.precision)
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-4)
-
-    def step(token_ids: Tensor) -> None:
-        token_ids = token_ids.to(device)
-        with autocast(device, captioner.precision):
-            if kind:
-                output = decoder.teacher_forcing(features[: len(token_ids)], token_ids)
-                tokens, captions = output.targets.numel(), token_ids[..., 0].numel()
-                loss = caption_loss(output, 0.0, 1.0, tokens, captions)
-            else:
-                loss = bare.loss(token_ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step(batches[0].token_ids)
-
-    def run() -> None:
-        for batch in batches[1:]:
-            step(batch.token_ids)
-
-    seconds = seconds_of(run, device)
-    tokens = sum(int((batch.token_ids[..., 1:] != PAD).sum()) for batch in batches[1:])
-    return tokens / seconds
 
 
 # --- captioning -----------------------------------------------------------------------------------
@@ -206,25 +104,6 @@ def latency(captioner: Captioner, checkpoint: Path, paths: Sequence[Path]) -> di
 # --- all of it ------------------------------------------------------------------------------------
 
 
-def training_rates(
-    captioner: Captioner, dataset: CaptionDataset, batch_size: int, steps: int
-) -> dict[str, float]:
-    """Return rates of training's parts, beside their limits."""
-    cnn = cnn_alone(captioner, dataset.paths)
-    bare = training(captioner, dataset, None, batch_size, steps)
-    rates = {"CNN alone, images/s": cnn, "bare nn.LSTM + linear, training tokens/s": bare}
-    cached = caching(captioner, dataset.paths)
-    rates |= {"feature caching, images/s": cached, "of CNN alone": cached / cnn}
-    for kind in DECODERS:
-        try:
-            rate = training(captioner, dataset, kind, batch_size, steps)
-        except ConfigError as error:  # it doesn't take the checkpoint's settings
-            log_line(f"{kind} isn't measured: {error}")
-            continue
-        rates |= {f"{kind}, training tokens/s": rate, f"{kind}, of bare LSTM": rate / bare}
-    return rates
-
-
 def measure(
     args: argparse.Namespace, checkpoint: Path, datasets: Sequence[tuple[CaptionDataset, str]]
 ) -> dict[str, dict[str, float]]:
@@ -257,20 +136,24 @@ def measure(
             if "published" in args.parts:
                 tables[f"{title}, the published search"] = against_published(captioner, features)
             if "batches" in args.parts:
-                counts = batches_alike(captioner, features)
-                tables[f"{title}, captions that differ from one by one, of {len(features)}"] = (
-                    counts
-                )
+                name = f"{title}, captions that differ from one by one, of {len(features)}"
+                tables[name] = batches_alike(captioner, features)
             if "latency" in args.parts:
                 tables[f"{title}, latency"] = latency(captioner, checkpoint, dataset.paths)
             if "training" in args.parts:
                 tables[f"{title}, training"] = training_rates(
                     captioner, dataset, args.batch_size, args.steps
                 )
+            if "self_critical" in args.parts:
+                tables[f"{title}, self-critical training"] = self_critical_rates(
+                    captioner, dataset, features, args.batch_size
+                )
     return tables
 
 
-PARTS = ("captioning", "decoder", "published", "batches", "latency", "training")
+PARTS = (
+    *("captioning", "decoder", "published", "batches", "latency", "training", "self_critical"),
+)
 
 
 @command

@@ -17,6 +17,7 @@ from captioner.models.captioning_model import generate
 from captioner.models.decoder import Decoder
 from captioner.models.inference_decoder import InferenceDecoder
 
+PRODUCTS = ("linear", "_linear_pointwise", "mm", "addmm", "bmm", "baddbmm")
 TIMES = 3  # the shortest is taken: other work on the machine only adds to it
 
 
@@ -37,8 +38,8 @@ def seconds_of(run: Callable[[], object], device: torch.device, times: int = 1) 
     return min(durations)
 
 
-class _Products(TorchDispatchMode):
-    """Records the matrix products of one call of a step function.
+class Products(TorchDispatchMode):
+    """Records the matrix products within its context, backwards too, to run them alone.
 
     Attributes:
         calls: (operation, its arguments).
@@ -51,9 +52,15 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function.overloadpacket.__name__ in ("linear", "_linear_pointwise", "bmm"):
+        if function.overloadpacket.__name__ in PRODUCTS:
             self.calls.append((function, list(args)))
         return function(*args, **(kwargs or {}))
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Compute them once more."""
+        for function, operands in self.calls:
+            function(*operands)
 
 
 def products_alone(
@@ -65,40 +72,35 @@ def products_alone(
     hypotheses that had not ended.
     """
     (decoder,) = captioner.decoders
-    calls: list[tuple[Any, list[Any]]] = []
+    recorded = Products()
 
     class Recorded(type(decoder)):  # type: ignore[misc] # the same decoder, watched
         def __init__(self) -> None:
             self.__dict__ = decoder.__dict__
 
         def init_state(self, features: Tensor) -> Any:
-            with _Products() as products:
+            with Products() as products:
                 result = super().init_state(features)
-            calls.extend(products.calls)
+            recorded.calls.extend(products.calls)
             return result
 
         def step(self, token_ids: Tensor, state: Any, memory: Any) -> Any:
             live = int((token_ids != PAD).sum())
-            with _Products() as products:
+            with Products() as products:
                 result = super().step(token_ids, state, memory)
             for function, operands in products.calls:
                 if function.overloadpacket.__name__ != "bmm":  # that is one for each image
                     rows = operands[0].flatten(0, -2)
                     if len(rows) != live:  # those that have ended are among them
                         operands[0] = rows[: len(rows) * live // token_ids.numel()]
-                calls.append((function, operands))
+                recorded.calls.append((function, operands))
             return result
 
     for batch in features:
         generate([Recorded()], [batch], search, captioner.model.vocabulary)
 
-    @torch.inference_mode()
-    def run() -> None:
-        for function, operands in calls:
-            function(*operands)
-
-    run()
-    return run
+    recorded.run()
+    return recorded.run
 
 
 def decoder_alone(captioner: Captioner, features: Tensor) -> dict[str, float]:

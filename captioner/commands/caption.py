@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from captioner.checkpoint_directory import default_checkpoint, is_checkpoint, is_pretrained
 from captioner.cli import HelpFormatter, Parser, command, output_is_closed, program_name
 from captioner.config import SearchConfig
 from captioner.data.annotations import ImageId
@@ -23,8 +24,12 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help must not wait for it
 DESCRIPTION = """\
 Caption images, and all images in folders and the folders below them.
 
-The checkpoint directory (such as RUN/best, or RUN for short) is all that is needed: it holds the
-weights, the vocabulary, the preprocessing and the settings. Images that can't be captioned are
+  captioner caption photos                    # with the captioner that comes with the package
+  captioner caption RUN photos dog.jpg        # with your own
+
+A checkpoint directory (such as RUN/best, or RUN for short) is all that is needed: it holds the
+weights, the vocabulary, the preprocessing and the settings. Where the first argument is one, or a
+name that "captioner models" lists, it captions the others. Images that can't be captioned are
 reported by name and left out; the exit code is then 3, or 1 where none could be.
 
 Without --output the captions are printed, an image a line: its path, a tab, its caption, control
@@ -42,9 +47,17 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, help="checkpoint directory")
     parser.add_argument(
-        "inputs", type=Path, nargs="+", metavar="image_or_folder", help="what is captioned"
+        "inputs",
+        type=Path,
+        nargs="+",
+        metavar="image_or_folder",
+        help="what is captioned; before it a checkpoint directory or a captioner's name may come",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="checkpoint directory, or a captioner's name; all else is then captioned",
     )
     parser.add_argument(
         "--output",
@@ -129,6 +142,19 @@ def _add_search_settings(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, type=type(default), help=text)
 
 
+def _take_checkpoint(args: argparse.Namespace) -> Path | None:
+    """Return the checkpoint that is named; where it is the first input, it is none any longer."""
+    first: Path = args.inputs[0]
+    if args.checkpoint or not (
+        is_checkpoint(first) or (is_pretrained(first) and not first.exists())
+    ):
+        return args.checkpoint
+    del args.inputs[0]
+    if not args.inputs:
+        raise UsageError(f"{first}: the images or folders to caption are missing after it")
+    return first
+
+
 def _check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +186,7 @@ def _check_usage(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Caption images; write or print the captions and say what went wrong."""
     args = _parser().parse_intermixed_args(argv)
+    checkpoint = _take_checkpoint(args)
     _check_usage(args)
 
     from captioner.device import keep_freed_memory
@@ -171,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = listed_images(args.inputs[0], args.annotations, args.split)
     else:
         images = find_images(args.inputs)
-    checkpoints = [args.checkpoint, *(args.ensemble or [])]
+    checkpoints = [checkpoint or default_checkpoint(), *(args.ensemble or [])]
     captioner = Captioner.from_pretrained(checkpoints, args.device, args.precision)
     settings = {name: getattr(args, name) for name in attribute_docs(SearchConfig)}
     search = captioner.search(**settings)

@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from captioner.checkpoint_directory import default_checkpoint, find_checkpoint
 from captioner.config import SearchConfig
 from captioner.device import choose_device, choose_precision
 from captioner.errors import (
@@ -25,7 +26,6 @@ from captioner.models.captioning_model import CaptioningModel, generate
 from captioner.models.checkpoint import load_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.inference_encoder import InferenceEncoder
-from captioner.progress import log_line
 from captioner.search import NO_PROBABILITIES, Hypothesis
 
 
@@ -53,7 +53,7 @@ class Captioner:
     """A trained captioner, ready for use.
 
     Example:
-        >>> captioner = Captioner.from_pretrained("runs/coco/best")
+        >>> captioner = Captioner.from_pretrained()  # or of a checkpoint: "runs/coco/best"
         >>> captioner.caption("dog.jpg", beam_size=5)
         'a dog is running on the beach'
 
@@ -98,19 +98,26 @@ class Captioner:
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | Path | Sequence[str | Path],
+        source: str | Path | Sequence[str | Path] | None = None,
         device: str = "auto",
         precision: str = "auto",
     ) -> "Captioner":
-        """Load a checkpoint directory, such as ``RUN/best``, or several as an ensemble.
+        """Load a trained captioner, or several as an ensemble.
 
-        Of a run's folder, ``RUN``, its best checkpoint is taken.
+        Args:
+            source: A checkpoint directory, such as ``RUN/best``; a run's folder, ``RUN``, whose
+                best checkpoint is taken; the name of a captioner that comes with the package, see
+                ``captioner models``; or several of these. None takes the package's own.
+            device: As the class takes it.
+            precision: As the class takes it.
 
         Raises:
             CheckpointError: One is missing, damaged or inconsistent, or they don't fit together.
         """
-        several = [directory] if isinstance(directory, (str, Path)) else list(directory)
-        return cls([load_checkpoint(_checkpoint_of(each)) for each in several], device, precision)
+        if source is None:
+            source = default_checkpoint()
+        several = [source] if isinstance(source, (str, Path)) else list(source)
+        return cls([load_checkpoint(find_checkpoint(each)) for each in several], device, precision)
 
     @overload
     def caption(self, images: ImageLike, *, batch_size: int = ..., **settings: Any) -> str: ...
@@ -289,16 +296,6 @@ class Captioner:
                     raise SearchError(f"{name_of(image, place)}: {NO_PROBABILITIES}")
                 yield captions
             done += len(batch)
-
-
-def _checkpoint_of(directory: str | Path) -> Path:
-    """Return the checkpoint that is meant: of a run's folder its best one."""
-    directory, best = Path(directory), Path(directory) / "best"
-    is_run = best.is_dir() or (directory / "run.json").is_file()
-    if not is_run or (directory / "config.json").exists():
-        return directory
-    log_line(f"{directory} is the folder of a run: its best checkpoint is used, {best}")
-    return best
 
 
 def _iterate(images: ImageLike | Iterable[ImageLike]) -> Iterator[ImageLike]:

@@ -80,6 +80,16 @@ class CaptionReward:
             row[: len(caption)] = caption
         self._orders = [self._prepare(order, padded) for order in range(1, ORDERS + 1)]
 
+    @property
+    def signature(self) -> str:
+        """What is rewarded, in a line; two rewards with the same can be compared."""
+        cider_weight, bleu_weight = self._weights
+        return (
+            f"{cider_weight:g} CIDEr-D (1 to {ORDERS}-grams, sigma {SIGMA:g}, times 10, rarity in "
+            f"the references of {self._images} images) + {bleu_weight:g} BLEU-{ORDERS}, in the "
+            "model's words, its end among them on both sides"
+        )
+
     def _prepare(self, order: int, padded: np.ndarray) -> _References:
         """Count the n-grams of the references, (captions, T)."""
         caption, key, count = _count_ngrams(padded, self._lengths, order, self._vocabulary_size)

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from captioner.checkpoint_directory import CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE
 from captioner.checksums import (
     CHECKSUMS_FILE,
     check_sha256,
@@ -45,7 +46,6 @@ from captioner.models.weights import Unallocated, fill
 from captioner.version import __version__
 
 FORMAT = 2  # 1: other names of the decoders' weights
-WEIGHTS_FILE, CONFIG_FILE, VOCABULARY_FILE = "model.safetensors", "config.json", "vocabulary.json"
 
 # Far more than any captioner needs.
 MOST_CONFIG_BYTES = 2**20
@@ -73,12 +73,26 @@ class _Content:
     scores: dict[str, Any]
 
 
-def save_checkpoint(model: CaptioningModel, directory: Path, scores: dict[str, Any]) -> None:
+def save_checkpoint(
+    model: CaptioningModel,
+    directory: Path,
+    scores: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write a checkpoint into an existing directory (see ``files.atomic_directory``).
 
     Other files that are in the directory by then get their checksums too.
+
+    Args:
+        model: What is saved.
+        directory: Where.
+        scores: What the model has reached, as JSON takes it.
+        dtype: What its weights are rounded to, say torch.float16 for half the size.
     """
-    state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
+    state = {
+        key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().contiguous()
+        for key, tensor in model.state_dict().items()
+    }
     safetensors.torch.save_file(state, directory / WEIGHTS_FILE)
     write_json(directory / VOCABULARY_FILE, list(model.vocabulary.words), indent=None)
     cnn = model.encoder

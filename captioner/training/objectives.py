@@ -61,6 +61,12 @@ class Objective(ABC):
     def __init__(self, model: CaptioningModel, config: Config, precision: torch.dtype) -> None:
         self.model, self.config, self.precision = model, config, precision
 
+    @property
+    def signature(self) -> str:
+        """What is minimised, in a line for the log; two runs with the same can be compared."""
+        smoothing = self.config.training.label_smoothing
+        return f"cross-entropy, label smoothing {smoothing:g}"
+
     @abstractmethod
     def compute_gradients(self, group: Sequence[TrainingBatch], step: int) -> StepLoss:
         """Add up the gradients of some batches, the parts of one optimiser step.
@@ -144,6 +150,18 @@ class SelfCritical(Objective):
         self.reward = CaptionReward(
             references, len(model.vocabulary), settings.cider_weight, settings.bleu_weight
         )
+
+    @property
+    def signature(self) -> str:
+        """See ``Objective.signature``."""
+        settings = self.config.self_critical
+        parts = [
+            f"reward {self.reward.signature}",
+            f"baseline {settings.baseline} of {settings.samples} samples",
+        ]
+        if settings.cross_entropy_share:
+            parts.append(f"share {settings.cross_entropy_share:g} of {super().signature}")
+        return "; ".join(parts)
 
     def compute_gradients(self, group: Sequence[TrainingBatch], step: int) -> StepLoss:
         """See ``Objective.compute_gradients``."""

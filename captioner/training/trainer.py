@@ -120,6 +120,7 @@ class Trainer:
         """
         training, self.stop_signals = self.config.training, stop_signals
         objective = make_objective(self.model, self.config, self.precision, train_set)
+        log_line(f"objective: {objective.signature}")
         epochs = TrainingBatches(
             encode_captions(train_set, self.model.vocabulary),
             training.batch_size,

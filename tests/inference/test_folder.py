@@ -200,7 +200,7 @@ def test_files_and_folders_are_captioned_together(checkpoint, drawn, tmp_path, c
 
 def test_each_input_must_be_there(tmp_path, drawn, capsys):
     """Before the checkpoint is looked for."""
-    words = [tmp_path / "none", *drawn.paths[:2], tmp_path / "gone.jpg"]
+    words = ["--checkpoint", tmp_path / "none", *drawn.paths[:2], tmp_path / "gone.jpg"]
     assert caption.main([str(word) for word in words]) == 1
     expected = f"error: {tmp_path / 'gone.jpg'}: no such file or folder\n"
     assert capsys.readouterr().err == expected
@@ -380,7 +380,7 @@ def test_annotations_that_list_nothing(checkpoint, drawn, tmp_path, capsys, cont
         ("new/c.json", ["--split", "test"], "--annotations, which is missing"),
         ("new/c.json", ["--batch-size", "-1"], "--batch-size: at least 0 was expected, found -1"),
         ("new/c.json", ["--csv-safe"], "--csv-safe needs an --output whose name ends in .csv"),
-        ("c.json", ["x", "--annotations", "a.json"], "needs exactly one folder, found 2 inputs"),
+        ("c.json", ["x", "--annotations", "a.json"], "needs exactly one folder, found 3 inputs"),
     ],
 )
 def test_wrong_usage_is_refused_before_any_work(tmp_path, capsys, output, options, expected):
