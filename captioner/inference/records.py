@@ -1,0 +1,46 @@
+"""What is known of an image after it was captioned, or why it couldn't be."""
+
+from dataclasses import dataclass
+
+from captioner.data.annotations import ImageId
+
+
+@dataclass(frozen=True)
+class RankedCaption:
+    """One caption of an image.
+
+    Attributes:
+        text: The sentence.
+        log_probability: The model's own, of its words and its end; -inf for a caption that no
+            search found.
+        score: What an image's captions are ranked by.
+    """
+
+    text: str
+    log_probability: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the outputs of a job hold of an image: its captions, or an error.
+
+    Attributes:
+        image_id: What the results call it.
+        name: Its path below the folder, or as it was given, with ``/`` between the parts.
+        path: Where it is.
+        captions: Best first; none where it failed.
+        width: Of the image as it is seen (turned as its EXIF says), in pixels; 0 where unknown.
+        height: Likewise.
+        sha256: Of the file, in hexadecimal digits, where that was asked for; else "".
+        error: Why it couldn't be captioned, in a line; "" where it could.
+    """
+
+    image_id: ImageId
+    name: str
+    path: str
+    captions: tuple[RankedCaption, ...] = ()
+    width: int = 0
+    height: int = 0
+    sha256: str = ""
+    error: str = ""
