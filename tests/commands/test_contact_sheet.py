@@ -2,7 +2,8 @@ import pytest
 from PIL import Image
 
 from captioner.data.predictions import write_predictions
-from tools.contact_sheet import main
+from captioner.errors import DataError
+from tools.contact_sheet import choose, main
 
 
 @pytest.fixture
@@ -44,6 +45,21 @@ def test_a_very_long_caption_is_cut(sheet, drawn):
     assert code == 0
     with Image.open(output) as image:
         assert image.height < 500
+
+
+def test_captions_of_several_files_are_numbered(tmp_path):
+    for name, word in {"a": "dog", "b": "cat"}.items():
+        rows = [{"image_id": n, "caption": f"a {word} {n}"} for n in range(20)]
+        write_predictions(tmp_path / f"{name}.json", rows)
+    one, other = tmp_path / "a.json", tmp_path / "b.json"
+    assert choose([one], 2, None) == {0: "a dog 0", 1: "a dog 1"}
+    assert choose([one, other], 1, None) == {0: "1: a dog 0\n2: a cat 0"}
+    drawn = choose([one], 5, 3)
+    assert len(drawn) == 5
+    assert list(drawn) == list(choose([one, other], 5, 3)) != list(choose([one], 5, 4))
+    write_predictions(other, [{"image_id": 1, "caption": "a cat"}])
+    with pytest.raises(DataError, match=r"b\.json: no caption of 0, which .*a\.json has"):
+        choose([one, other], 2, None)
 
 
 @pytest.mark.parametrize(
