@@ -261,6 +261,9 @@ class TrainingConfig:
         init_from: A checkpoint (``runs/a/best``) whose weights, vocabulary and CNN the run begins
             with, in place of new ones; the experiment must fit it. "" begins anew.
         label_smoothing: Probability mass spread over the other words.
+        scheduled_sampling: Share of the words fed in cross-entropy training that the model draws
+            itself (Bengio et al. 2015): it rises evenly from 0 to this at the last step, and takes
+            a second pass through the decoder.
         average_decay: Validation and ``best`` take a moving average of the weights: at each step so
             much of the average stays (0.99, say), less in the first steps; 0 takes the weights
             themselves.
@@ -289,6 +292,7 @@ class TrainingConfig:
     bptt_window: int = 0
     accumulation_steps: int = 1
     label_smoothing: float = 0.1
+    scheduled_sampling: float = 0.0
     average_decay: float = 0.0
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"
@@ -309,6 +313,7 @@ class TrainingConfig:
         check_at_least(self, gradient_clip_value=0.0)
         check_positive(self, "learning_rate")
         check_share(self, "label_smoothing")
+        check_share(self, "scheduled_sampling")
         check_share(self, "average_decay")
 
 

@@ -201,6 +201,7 @@ class Decoder(nn.Module, ABC):
         token_ids: Tensor,
         bptt_window: int = 0,
         trace: list[State] | None = None,
+        inputs: Tensor | None = None,
     ) -> DecoderOutput:
         """Predict each token of the captions from those before it.
 
@@ -212,10 +213,12 @@ class Decoder(nn.Module, ABC):
                 gradient comes back; the first state belongs to the first window. 0 cuts nowhere.
             trace: Filled with the state before the first and after each step, as the graph holds
                 them. Single steps are taken then.
+            inputs: What is fed in place of all tokens but the last, (B, K, T).
         """
         real = (token_ids[..., 1:] != PAD).cpu()
         token_ids = token_ids.to(features.device, non_blocking=True)
-        inputs, targets = token_ids[..., :-1], token_ids[..., 1:]
+        inputs = token_ids[..., :-1] if inputs is None else inputs
+        targets = token_ids[..., 1:]
         state, memory = self.init_state(features)
         state = tuple(part.expand(-1, inputs.shape[1], *part.shape[2:]) for part in state)
         run = self.run_steps if trace is not None else self.run_sequence

@@ -16,6 +16,7 @@ from captioner.models.captioning_model import CaptioningModel
 from captioner.models.decoder import DecoderOutput
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.training.losses import caption_loss
+from captioner.training.scheduled_sampling import mix_inputs
 from captioner.training.self_critical import Samples, sample_captions, self_critical_loss
 
 
@@ -64,22 +65,42 @@ class Objective(ABC):
     @property
     def signature(self) -> str:
         """What is minimised, in a line for the log; two runs with the same can be compared."""
-        smoothing = self.config.training.label_smoothing
-        return f"cross-entropy, label smoothing {smoothing:g}"
+        training = self.config.training
+        text = f"cross-entropy, label smoothing {training.label_smoothing:g}"
+        if training.scheduled_sampling:
+            text += f", scheduled sampling up to {training.scheduled_sampling:g}"
+        return text
 
     @abstractmethod
-    def compute_gradients(self, group: Sequence[TrainingBatch], step: int) -> StepLoss:
+    def compute_gradients(
+        self, group: Sequence[TrainingBatch], step: int, progress: float = 0.0
+    ) -> StepLoss:
         """Add up the gradients of some batches, the parts of one optimiser step.
 
         Args:
             group: The batches.
             step: Optimiser steps taken before; what is drawn depends on it.
+            progress: What share of all steps these are, 0 to 1.
         """
 
-    def cross_entropy(self, features: Tensor, token_ids: Tensor, counts: "Counts") -> Tensor:
-        """Return the loss of captions under teacher forcing, as a batch's part of a step."""
+    def cross_entropy(
+        self, features: Tensor, token_ids: Tensor, counts: "Counts", sampled: float = 0.0
+    ) -> Tensor:
+        """Return the loss of captions under teacher forcing, as a batch's part of a step.
+
+        Args:
+            features: (B, N, D).
+            token_ids: (B, K, T + 1).
+            counts: Of the whole step.
+            sampled: Share of the words that are fed that are drawn: see ``scheduled_sampling``.
+        """
         with autocast(self.model.device, self.precision):
-            output = self._teacher_forcing(features, token_ids)
+            inputs = None
+            if sampled:
+                with torch.no_grad():
+                    output = self._teacher_forcing(features, token_ids)
+                inputs = mix_inputs(token_ids.to(features.device), output, sampled)
+            output = self._teacher_forcing(features, token_ids, inputs)
             return caption_loss(
                 output,
                 self.config.training.label_smoothing,
@@ -88,9 +109,11 @@ class Objective(ABC):
                 counts.captions,
             )
 
-    def _teacher_forcing(self, features: Tensor, token_ids: Tensor) -> DecoderOutput:
+    def _teacher_forcing(
+        self, features: Tensor, token_ids: Tensor, inputs: Tensor | None = None
+    ) -> DecoderOutput:
         window = self.config.training.bptt_window
-        return self.model.decoder.teacher_forcing(features, token_ids, window)
+        return self.model.decoder.teacher_forcing(features, token_ids, window, inputs=inputs)
 
 
 @dataclass(frozen=True)
@@ -112,14 +135,17 @@ class Counts:
 class CrossEntropy(Objective):
     """Each word of people's captions is predicted from those before it (teacher forcing)."""
 
-    def compute_gradients(self, group: Sequence[TrainingBatch], step: int) -> StepLoss:
+    def compute_gradients(
+        self, group: Sequence[TrainingBatch], step: int, progress: float = 0.0
+    ) -> StepLoss:
         """See ``Objective.compute_gradients``."""
         counts = Counts.of([batch.token_ids for batch in group])
+        sampled = progress * self.config.training.scheduled_sampling
         self.model.train()
         total = torch.zeros((), device=self.model.device)
         for batch in group:
             features = self.model.features(batch.x, self.precision)
-            loss = self.cross_entropy(features, batch.token_ids, counts)
+            loss = self.cross_entropy(features, batch.token_ids, counts, sampled)
             loss.backward()
             total += loss.detach()
         return StepLoss(total, counts.tokens)
@@ -163,7 +189,9 @@ class SelfCritical(Objective):
             parts.append(f"share {settings.cross_entropy_share:g} of {super().signature}")
         return "; ".join(parts)
 
-    def compute_gradients(self, group: Sequence[TrainingBatch], step: int) -> StepLoss:
+    def compute_gradients(
+        self, group: Sequence[TrainingBatch], step: int, progress: float = 0.0
+    ) -> StepLoss:
         """See ``Objective.compute_gradients``."""
         share = self.config.self_critical.cross_entropy_share
         counts = Counts.of([batch.token_ids for batch in group])

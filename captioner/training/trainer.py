@@ -183,7 +183,7 @@ class Trainer:
         training, state = self.config.training, self.state
         factor = learning_rate_factor(state.step, self.total_steps, training)
         rate = set_learning_rates(self.optimizer, factor)
-        result = objective.compute_gradients(group, state.step)
+        result = objective.compute_gradients(group, state.step, state.step / self.total_steps)
         norms = nn.utils.clip_grad_norm_(self.trained, training.gradient_clip or math.inf)
         loss, norm = torch.stack([result.loss, norms]).tolist()  # waits for the device, once a step
         self._check_finite(loss, norm, rate)

@@ -9,7 +9,7 @@ from training_runs import assert_same_weights, read_log
 
 from captioner.config import DecoderConfig, SelfCriticalConfig
 from captioner.data.dataset import pad
-from captioner.data.vocabulary import EOS, SPECIAL_WORDS, Vocabulary
+from captioner.data.vocabulary import BOS, EOS, PAD, SPECIAL_WORDS, Vocabulary
 from captioner.errors import ConfigError
 from captioner.experiment_file import load_config
 from captioner.metrics.reward import CaptionReward
@@ -18,6 +18,7 @@ from captioner.models.checkpoint import load_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.training.averaging import make_average
 from captioner.training.run import train
+from captioner.training.scheduled_sampling import mix_inputs
 from captioner.training.self_critical import sample_captions, self_critical_loss
 
 VOCABULARY = Vocabulary([*SPECIAL_WORDS, "a", "dog", "runs"])
@@ -106,10 +107,11 @@ def test_a_captioner_gets_better_by_its_own_captions(experiment, tmp_path):
     assert {"vocabulary", "ends_in_function_word", "repeats_ngram"} <= end.keys()
 
 
-def test_self_critical_and_averaged_runs_resume_to_the_same_weights(
-    experiment, tmp_path, monkeypatch
+@pytest.mark.parametrize("objective", [CRITICAL, ["training.scheduled_sampling=0.5"]])
+def test_runs_with_drawn_captions_and_an_average_resume_to_the_same_weights(
+    experiment, tmp_path, monkeypatch, objective
 ):
-    overrides = [*CRITICAL, "training.average_decay=0.9", "training.epochs=2"]
+    overrides = [*objective, "training.average_decay=0.9", "training.epochs=2"]
     overrides += ["training.checkpoint_every=4"]
     train(load_config(experiment, overrides), tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -129,6 +131,35 @@ def _interrupt_at_step(step):
             raise KeyboardInterrupt
 
     return log_step
+
+
+def test_words_that_are_fed_are_replaced_by_drawn_ones(decoder, features):
+    token_ids = pad([[[4, 5, 6, 4], [5]], [[6, 6], [4, 4, 4]]])
+    output = decoder.teacher_forcing(features, token_ids)
+    output.logits.data[:] = 0
+    output.logits.data[:, [PAD, BOS, EOS]] = 50.0  # never fed, however likely
+    output.logits.data[torch.arange(len(output.targets)), 4 + output.positions[:, 2] % 3] = 40.0
+    gold = token_ids[..., :-1]
+    assert torch.equal(mix_inputs(token_ids, output, 0.0), gold)
+    mixed = mix_inputs(token_ids, output, 1 - 1e-12)
+    said = 4 + torch.arange(gold.shape[-1] - 1) % 3  # at step t, fed at t + 1
+    is_word = gold[..., 1:] >= len(SPECIAL_WORDS)
+    assert torch.equal(mixed[..., 1:], torch.where(is_word, said, gold[..., 1:]))
+    assert torch.equal(mixed[..., 0], gold[..., 0])
+    share = torch.stack([mix_inputs(token_ids, output, 0.3) == mixed for _ in range(2000)])
+    differ = mixed != gold
+    assert 0.27 < share[:, differ].float().mean() < 0.33
+
+
+def test_scheduled_sampling_grows_with_progress(experiment, tmp_path):
+    """At the first step nothing is drawn: the loss is that of plain cross-entropy."""
+    runs = {}
+    for share in (0.0, 0.9):
+        settings = [f"training.scheduled_sampling={share}", "training.log_every=1"]
+        train(load_config(experiment, [*settings, "training.epochs=2"]), tmp_path / str(share))
+        runs[share] = [r["loss"] for r in read_log(tmp_path / str(share)) if r["kind"] == "step"]
+    assert runs[0.0][0] == runs[0.9][0]
+    assert runs[0.0][-1] != runs[0.9][-1]
 
 
 def test_the_average_forgets_how_it_began():
