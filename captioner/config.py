@@ -268,7 +268,8 @@ class TrainingConfig:
             much of the average stays (0.99, say), less in the first steps; 0 takes the weights
             themselves.
         precision: "auto" is bfloat16 where the device computes in it, else float32. A CNN that is
-            trained on a CPU computes in float32 in any case, which is faster there.
+            trained on a CPU without AMX, or has grouped convolutions as MobileNets have, computes
+            in float32 on a CPU in any case, which is faster there.
         device: "auto" is CUDA, else MPS, else CPU.
         seed: Seed of weights, batches and dropout.
         patience: Epochs without a better score before training stops; 0 never stops early.

@@ -53,6 +53,14 @@ def computes_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def has_bfloat16_tiles(device: torch.device) -> bool:
+    """Tell whether a device multiplies whole tiles of bfloat16: GPUs, and CPUs with AMX."""
+    if device.type != "cpu":
+        return True
+    ask = getattr(torch.cpu, "get_capabilities", None)  # older versions lack it
+    return bool(ask and ask().get("amx_bf16"))
+
+
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
     """Return the context in which matrix products run in ``precision``."""
     if precision == torch.float32:

@@ -13,6 +13,7 @@ from captioner.config import AugmentationConfig, Config
 from captioner.data.augmentation import of_epoch, tells_sides, views_of_epoch
 from captioner.data.dataset import CaptionDataset
 from captioner.data.images import Preprocessing, in_batches, load_pixels
+from captioner.device import free_memory
 from captioner.models.captioning_model import CaptioningModel
 from captioner.progress import Progress, log_line
 from captioner.training.feature_cache import (
@@ -24,6 +25,7 @@ from captioner.training.feature_cache import (
 from captioner.training.feature_store import default_cache_dir
 
 NO_AUGMENTATION = AugmentationConfig()
+MOST_BYTES_KEPT = 2 << 30  # of pixels that are the same in each epoch
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class PixelInputs:
         augmentation: How images are changed; an epoch's changes depend on (seed, epoch, image).
         flippable: Which images may be flipped.
         seed: Of these changes.
+        kept: Pixels of all images, where they are the same in each epoch and fit into memory.
     """
 
     paths: list[Path]
@@ -76,11 +79,15 @@ class PixelInputs:
     augmentation: AugmentationConfig
     flippable: list[bool]
     seed: int
+    kept: Tensor | None = None
 
     def batches(
         self, batches: Sequence[Sequence[int]], epoch: int = 0
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the images of each batch that can be read, and their pixels."""
+        if self.kept is not None:
+            yield from ((list(indices), self.kept[list(indices)]) for indices in batches)
+            return
         settings = self.augmentation
         augment = partial(of_epoch, settings, self.flippable, self.seed, epoch)
         loader = load_pixels(
@@ -144,10 +151,15 @@ def _pixel_inputs(
     """Return the images that can be read, and their pixels."""
     data = config.data
     failures = []
-    with Progress("checking images", len(dataset), "image") as bar:
+    kept = None if settings.changes else _empty_pixels(len(dataset), preprocessing.image_size)
+    count = 0
+    with Progress("reading images", len(dataset), "image") as bar:
         batches = in_batches(len(dataset), 32)
         for batch in load_pixels(dataset.paths, preprocessing, batches, device, data.workers):
             failures += batch.failures
+            if kept is not None and batch.indices:
+                kept[count : count + len(batch.indices)] = batch.pixels
+            count += len(batch.indices)
             bar.update(len(batch.indices) + len(batch.failures))
     report_failures(failures, len(dataset), data.bad_images)
     unreadable = {index for index, _ in failures}
@@ -161,7 +173,16 @@ def _pixel_inputs(
         settings,
         [flippable[i] for i in readable],
         config.training.seed,
+        None if kept is None else kept[:count],
     )
+
+
+def _empty_pixels(count: int, image_size: int) -> Tensor | None:
+    """Return room for the pixels of so many images, or None where they would take too much."""
+    size = 3 * image_size**2 * count
+    if size > min(MOST_BYTES_KEPT, free_memory(torch.device("cpu")) // 4):
+        return None
+    return torch.empty((count, 3, image_size, image_size), dtype=torch.uint8)
 
 
 def _cached_inputs(

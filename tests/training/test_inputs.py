@@ -1,5 +1,6 @@
 """What training sees of images that are changed at random: pixels anew each epoch, cached views."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -91,6 +92,27 @@ def test_each_epoch_changes_training_images_anew_and_validation_never(
     assert torch.equal(all_of(plain, 0), pixels)
     assert torch.equal(all_of(plain, 5), pixels)
     assert not capsys.readouterr().err
+
+
+def test_pixels_that_stay_the_same_are_read_once_where_they_fit(
+    trained, dataset, experiment, tmp_path, monkeypatch
+):
+    paths = list(dataset.paths)
+    paths[3] = tmp_path / "cut_short.png"
+    paths[3].write_bytes(dataset.paths[3].read_bytes()[:200])
+    damaged = dataclasses.replace(dataset, paths=paths)
+    config = load_config(experiment, [*TUNED, "data.bad_images=skip"])
+    readable, kept = prepare(trained, damaged, config)
+    assert kept.kept.shape == (23, 3, 48, 48)
+    monkeypatch.setattr("captioner.training.inputs.MOST_BYTES_KEPT", 23 * 3 * 48 * 48)
+    _, read = prepare(trained, damaged, config)
+    assert read.kept is None
+    assert len(readable) == 23
+    assert torch.equal(all_of(kept, count=23), all_of(read, count=23))
+    order = [[7, 2, 2], [22]]
+    for (images, x), (same, y) in zip(kept.batches(order), read.batches(order), strict=True):
+        assert images == same
+        assert torch.equal(x, y)
 
 
 def test_what_has_no_effect_is_told(trained, dataset, experiment, capsys):
