@@ -1,6 +1,7 @@
 """``captioner download``: fetch COCO images, captions and the Karpathy split."""
 
 import argparse
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--any-content",
         action="store_true",
         help="accept archives other than the published ones (a subset, a mirror that packed them "
-        "anew): sizes, SHA-256 and numbers of files aren't compared; CRC-32 and the most bytes "
+        "anew): sizes and SHA-256 aren't compared; CRC-32 and the most bytes "
         "that are received and unpacked still are",
     )
     parser.add_argument(
@@ -116,8 +117,15 @@ def _archives(options: argparse.Namespace) -> list[Archive]:
         base = options.base_url.rstrip("/")
         if urlsplit(base).scheme not in ("http", "https") or not urlsplit(base).hostname:
             raise UsageError(f"--base-url {options.base_url}: an http or https address is expected")
-        archives = [replace(archive, base=base) for archive in archives]
+        archives = [replace(archive, url=_at(base, archive.url)) for archive in archives]
     return [replace(archive, published=not options.any_content) for archive in archives]
+
+
+def _at(base: str, url: str) -> str:
+    """Return where a mirror has an archive: see EPILOG."""
+    folder = re.search(r"(zips/|annotations/)?[^/]+$", url)
+    assert folder
+    return f"{base}/{folder[0]}"
 
 
 def _summary(directory: Path) -> str:

@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from captioner.data.download import BLOCK, check_free_space, download
+from captioner.data.download import BLOCK, download
 from captioner.errors import DataError, name_some
 from captioner.files import read_json, write_json
 from captioner.progress import Progress, log_line
@@ -21,87 +21,58 @@ class Archive:
     """A zip archive on the web and what is wanted of it.
 
     Attributes:
-        base: Where it is published; a mirror has another base.
-        path: Where it lies below that.
+        url: Where it is published; a mirror has another host.
         members: Regular expression of the wanted members' whole names; its group is the name
             that the file gets in ``folder``.
         folder: Where the wanted members go, below the user's directory.
         size: Bytes of the published archive.
         unpacked: Bytes that the wanted members take at most.
-        files: Number of wanted members.
         sha256: SHA-256 of the published archive; "" where no value is established.
-        published: It must be the published one. Otherwise size, SHA-256 and number of files may
-            differ; how many bytes are received and unpacked is bounded all the same.
+        published: It must be the published one. Otherwise size and SHA-256 may differ; how many
+            bytes are received and unpacked is bounded all the same.
     """
 
-    base: str
-    path: str
+    url: str
     members: str
     folder: str
     size: int
     unpacked: int
-    files: int
     sha256: str = ""
     published: bool = True
 
-    @property
-    def name(self) -> str:
-        """Its file name."""
-        return self.path.rpartition("/")[2]
 
-    @property
-    def largest(self) -> int:
-        """Bytes that it may have: another packing than the published one may compress less."""
-        return self.size if self.published else max(self.size, self.unpacked)
-
-
+COCO, KARPATHY = "http://images.cocodataset.org", "https://cs.stanford.edu/people/karpathy"
 # Sizes and SHA-256 as torchvision's, ParlAI's and others' loaders have them. Several sources agree
 # on the size of caption_datasets.zip, but none is established for its SHA-256.
 COCO_ARCHIVES = {
     "karpathy": Archive(
-        base="https://cs.stanford.edu/people/karpathy/deepimagesent",
-        path="caption_datasets.zip",
-        members=r"(?:[^/]+/)?(dataset_(?:coco|flickr8k|flickr30k)\.json)",
-        folder="annotations",
-        size=36_745_453,
-        unpacked=400_000_000,
-        files=3,
+        f"{KARPATHY}/deepimagesent/caption_datasets.zip",
+        r"(?:[^/]+/)?(dataset_(?:coco|flickr8k|flickr30k)\.json)",
+        *("annotations", 36_745_453, 400_000_000),
     ),
     "annotations": Archive(
-        base="http://images.cocodataset.org",
-        path="annotations/annotations_trainval2017.zip",
-        members=r"annotations/(captions_(?:train|val)2017\.json)",
-        folder="annotations",
-        size=252_907_541,
-        unpacked=200_000_000,
-        files=2,
-        sha256="113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+        f"{COCO}/annotations/annotations_trainval2017.zip",
+        r"annotations/(captions_(?:train|val)2017\.json)",
+        *("annotations", 252_907_541, 200_000_000),
+        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
     ),
     "val2017": Archive(
-        base="http://images.cocodataset.org",
-        path="zips/val2017.zip",
-        members=r"val2017/(\d{12}\.jpg)",
-        folder="val2017",
-        size=815_585_330,
-        unpacked=900_000_000,
-        files=5_000,
-        sha256="4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+        f"{COCO}/zips/val2017.zip",
+        r"val2017/(\d{12}\.jpg)",
+        *("val2017", 815_585_330, 900_000_000),
+        "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
     ),
     "train2017": Archive(
-        base="http://images.cocodataset.org",
-        path="zips/train2017.zip",
-        members=r"train2017/(\d{12}\.jpg)",
-        folder="train2017",
-        size=19_336_861_798,
-        unpacked=20_000_000_000,
-        files=118_287,
-        sha256="69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+        f"{COCO}/zips/train2017.zip",
+        r"train2017/(\d{12}\.jpg)",
+        *("train2017", 19_336_861_798, 20_000_000_000),
+        "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
     ),
 }
 
 
 def fetch_archive(archive: Archive, directory: Path, keep_archive: bool = False) -> bool:
-    """Fetch an archive, check it and unpack what is wanted, as far as that isn't done yet.
+    """Fetch an archive, check it and unpack what is wanted, unless that is done already.
 
     Args:
         archive: What to fetch; one that lies in ``directory/downloads`` already is used.
@@ -114,25 +85,20 @@ def fetch_archive(archive: Archive, directory: Path, keep_archive: bool = False)
     Raises:
         DataError: It can't be fetched or isn't what was expected.
     """
-    path = directory / "downloads" / archive.name
-    contents = path.with_name(f"{path.name}.contents.json")
-    if contents.exists():
-        sizes = read_json(contents)
-        if all(_has_size(directory / name, size) for name, size in sizes.items()):
-            log_line(f"{archive.name}: its {len(sizes):,} files are already in {directory}")
-            return False
+    path = directory / "downloads" / archive.url.rpartition("/")[2]
+    done = path.with_name(f"{path.name}.done")
+    if done.exists():
+        log_line(f"{path.name}: unpacked already; delete {done} to have it fetched again")
+        return False
     if not path.exists():
-        if archive.published:
-            needed = archive.size + archive.unpacked
-            check_free_space(directory, needed, f"{archive.name} and what is in it")
-        url = f"{archive.base}/{archive.path}"
-        log_line(f"{archive.name}: fetching {url}")
-        download(url, path, archive.largest, exact=archive.published)
+        log_line(f"{path.name}: fetching {archive.url}")
+        # Another packing than the published one may compress less.
+        most = archive.size if archive.published else max(archive.size, archive.unpacked)
+        download(archive.url, path, most)
     if archive.published:
         _check_archive(archive, path)
-    sizes = unpack(archive, path, directory)
-    os.sync()  # the list of contents must not outlive the contents in a power cut
-    write_json(contents, sizes, indent=None)
+    unpack(archive, path, directory)
+    done.touch()
     if not keep_archive:
         path.unlink()
     return True
@@ -140,62 +106,45 @@ def fetch_archive(archive: Archive, directory: Path, keep_archive: bool = False)
 
 def _check_archive(archive: Archive, path: Path) -> None:
     """Raise a DataError unless an archive is the published one."""
-    size = path.stat().st_size
-    problem = f"{size:,} bytes, the published one has {archive.size:,}"
-    if size == archive.size:
-        log_line(f"{path.name}: checking")
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 == archive.sha256 or not archive.sha256:
-            return
-        problem = f"its SHA-256 is {sha256}, the published one's is {archive.sha256}"
-    raise DataError(f"{path}: {problem}; delete it and run this again")
+    log_line(f"{path.name}: checking")
+    with open(path, "rb") as file:
+        found = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    published = (archive.size, archive.sha256 or found[1])
+    if found != published:
+        raise DataError(
+            f"{path}: bytes and SHA-256 are {found}, those of the published archive {published}; "
+            "delete it and run this again"
+        )
 
 
-def unpack(archive: Archive, path: Path, directory: Path) -> dict[str, int]:
-    """Unpack the wanted members; files that are there with the right size stay.
-
-    Each is written aside and checked by its CRC-32 before it gets its name.
-
-    Args:
-        archive: What is wanted.
-        path: The archive on disk.
-        directory: Where ``archive.folder`` is or will be.
-
-    Returns:
-        The size of each file, by its path below ``directory``.
+def unpack(archive: Archive, path: Path, directory: Path) -> None:
+    """Unpack the wanted members below ``directory``, each whole, its CRC-32 right, or not at all.
 
     Raises:
-        DataError: No zip archive, damaged, other or larger files than expected.
+        DataError: No zip archive, damaged, none of the wanted files, or larger ones than expected.
     """
+    folder = directory / archive.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / ".part"
     try:
         with zipfile.ZipFile(path) as content:
             members = _wanted_members(archive, path, content)
-            (directory / archive.folder).mkdir(parents=True, exist_ok=True)
             with Progress(f"unpacking {path.name}", len(members), "file") as progress:
                 for name, member in members.items():
-                    if not _has_size(directory / name, member.file_size):
-                        _extract(content, member, directory / name)
+                    with content.open(member) as source, open(aside, "wb") as file:
+                        shutil.copyfileobj(source, file, BLOCK)  # never more than its file_size
+                    aside.replace(folder / name)
                     progress.update()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise DataError(
             f"{path}: not a whole zip archive ({error}); delete it and run this again"
         ) from None
-    return {name: member.file_size for name, member in members.items()}
-
-
-def _extract(content: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    """Write a member aside, then rename it: without a wait for the disk for each of 100,000."""
-    aside = path.with_name(f".{path.name}.part")
-    with content.open(member) as source, open(aside, "wb") as file:
-        shutil.copyfileobj(source, file, BLOCK)  # never more than the member's file_size
-    aside.replace(path)
 
 
 def _wanted_members(
     archive: Archive, path: Path, content: zipfile.ZipFile
 ) -> dict[str, zipfile.ZipInfo]:
-    """Return the wanted members by the path, below the user's directory, that each will have.
+    """Return the wanted members by their names in the folder.
 
     No others are unpacked: no links, and nothing whose name leaves the folder.
     """
@@ -203,22 +152,15 @@ def _wanted_members(
     for member in content.infolist():
         match = re.fullmatch(archive.members, member.filename)
         if match and stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG):
-            members[f"{archive.folder}/{match[1]}"] = member
-    if not members or (archive.published and len(members) != archive.files):
-        raise DataError(
-            f"{path}: {archive.files if archive.published else 'some'} files named like "
-            f"{archive.members!r} were expected in it, found {len(members)}"
-        )
+            members[match[1]] = member
+    if not members:
+        raise DataError(f"{path}: no file in it is named like {archive.members!r}")
     unpacked = sum(member.file_size for member in members.values())
     if unpacked > archive.unpacked:
         raise DataError(
             f"{path}: its files take {unpacked:,} bytes, at most {archive.unpacked:,} were expected"
         )
     return members
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
 
 
 def place_karpathy_images(directory: Path) -> Path | None:
