@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = load_stages(args.experiment, overrides, args.stages)
 
     from captioner.device import keep_freed_memory  # torch takes seconds to import; --help must not
+    from captioner.stopping import Stopped
     from captioner.training.run import train
     from captioner.training.stages import has_run, train_stages
-    from captioner.training.stopping import TrainingStopped
 
     keep_freed_memory()
     resume = args.resume or args.resume_or_start, args.resume_or_start
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = train_stages(stages, args.output_dir, *resume, args.stages)
         else:
             rows = [{"scores": train(stages[0].config, args.output_dir, *resume)}]
-    except TrainingStopped as stopped:
+    except Stopped as stopped:
         cause = "Ctrl-C" if stopped.signal == signal.SIGINT else stopped.signal.name
         names = args.stages or [stage.name for stage in stages]
         resumable = any(has_run(args.output_dir / name) for name in names)

@@ -28,6 +28,7 @@ from captioner.device import choose_device, choose_precision
 from captioner.errors import CheckpointError, ConfigError
 from captioner.files import locked, read_json, write_json
 from captioner.models.captioning_model import check_decoder_kind
+from captioner.stopping import StopSignals, memory_errors
 from captioner.training.initial_model import (
     check_something_is_learnt,
     make_model,
@@ -40,7 +41,6 @@ from captioner.training.resume import (
     name_of_device,
     nothing_to_resume,
 )
-from captioner.training.stopping import StopSignals, memory_errors
 from captioner.training.tracking import choose_mode
 from captioner.training.trainer import Trainer
 
@@ -64,7 +64,7 @@ def train(
 
     Raises:
         CaptionerError: Anything that a user can mend; most before training starts.
-        TrainingStopped: By Ctrl-C or SIGTERM. What was trained is kept: see ``StopSignals``.
+        Stopped: By Ctrl-C or SIGTERM. What was trained is kept: see ``StopSignals``.
     """
     with StopSignals() as stop_signals:
         return train_watched(config, output_dir, stop_signals, resume, or_start)

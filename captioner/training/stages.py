@@ -25,6 +25,7 @@ from captioner.files import atomic_directory, read_json, recover_directory, writ
 from captioner.models.checkpoint import WEIGHTS_FILE
 from captioner.models.encoder import make_encoder
 from captioner.progress import log_line
+from captioner.stopping import StopSignals
 from captioner.training.initial_model import (
     check_fits,
     check_something_is_learnt,
@@ -33,7 +34,6 @@ from captioner.training.initial_model import (
 )
 from captioner.training.resume import check_same_settings, nothing_to_resume, run_is_there
 from captioner.training.run import alone_in, check_settings, train_watched
-from captioner.training.stopping import StopSignals
 from captioner.training.tracking import read_log
 
 FINISHED_FILE, STAGES_FILE = "finished.json", "stages.json"
@@ -93,7 +93,7 @@ def train_stages(
 
     Raises:
         CaptionerError: Anything that a user can mend; most before the first stage starts.
-        TrainingStopped: By Ctrl-C or SIGTERM. What was trained is kept: see ``StopSignals``.
+        Stopped: By Ctrl-C or SIGTERM. What was trained is kept: see ``StopSignals``.
     """
     output_dir = Path(output_dir)
     runs = _place(stages, output_dir)

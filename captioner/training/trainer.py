@@ -26,6 +26,7 @@ from captioner.models.captioning_model import CaptioningModel, generate
 from captioner.models.checkpoint import save_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.progress import Progress, log_line
+from captioner.stopping import StopSignals, memory_errors
 from captioner.training.averaging import make_average
 from captioner.training.gradient_flow import (
     LOG_KIND,
@@ -43,7 +44,6 @@ from captioner.training.resume import (
     unpack_state,
 )
 from captioner.training.schedule import learning_rate_factor, make_optimizer, set_learning_rates
-from captioner.training.stopping import StopSignals, memory_errors
 from captioner.training.tracking import JsonLog, Meter, Tracker, read_log
 
 PREDICTIONS_FILE = "val_predictions.json"
@@ -116,7 +116,7 @@ class Trainer:
 
         Raises:
             TrainingError: The loss isn't finite, or memory runs out.
-            TrainingStopped: ``stop_signals`` has received one; ``last`` was written.
+            Stopped: ``stop_signals`` has received one; ``last`` was written.
         """
         training, self.stop_signals = self.config.training, stop_signals
         objective = make_objective(self.model, self.config, self.precision, train_set)

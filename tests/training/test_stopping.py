@@ -13,8 +13,8 @@ import torch
 from training_runs import ROOT, assert_same_weights, read_log, wait_for_steps
 
 from captioner.experiment_file import load_config
+from captioner.stopping import Stopped, StopSignals
 from captioner.training.run import train
-from captioner.training.stopping import StopSignals, TrainingStopped
 
 SETTINGS = ["training.epochs=4", "training.batch_size=2", "decoder.kind=show_and_tell"]
 
@@ -121,12 +121,12 @@ def test_a_second_signal_ends_at_once(experiment, tmp_path, server):
 
 def test_signals_are_as_before_after_a_run():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(TrainingStopped), StopSignals():
+    with pytest.raises(Stopped), StopSignals():
         signal.raise_signal(signal.SIGTERM)
     with StopSignals() as deferred:
         deferred.deferred = True
         signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(TrainingStopped):
+        with pytest.raises(Stopped):
             deferred.raise_if_received()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 

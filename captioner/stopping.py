@@ -1,4 +1,4 @@
-"""What ends a run early: Ctrl-C, SIGTERM, and too little memory."""
+"""What ends a long job early: Ctrl-C, SIGTERM, and too little memory."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from captioner.device import is_out_of_memory
 from captioner.errors import TrainingError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAST_WORDS = b"\nstopping after this step, to keep it; a second signal stops at once\n"
+LAST_WORDS = b"\nstopping after what is in flight, to keep it; a second signal stops at once\n"
 
 
-class TrainingStopped(KeyboardInterrupt):
-    """A run was stopped by a signal.
+class Stopped(KeyboardInterrupt):
+    """A job was stopped by a signal.
 
     Attributes:
         signal: Which one.
@@ -30,7 +30,7 @@ class TrainingStopped(KeyboardInterrupt):
 class StopSignals:
     """In a ``with`` block, turns Ctrl-C and SIGTERM into an orderly end.
 
-    The first signal raises ``TrainingStopped``: wherever the program is, or, once ``deferred`` is
+    The first signal raises ``Stopped``: wherever the program is, or, once ``deferred`` is
     set, where ``raise_if_received`` is called. A second one ends the process at once. Outside of
     the main thread nothing is changed, and a signal that is ignored stays so.
 
@@ -65,13 +65,13 @@ class StopSignals:
             signal.signal(heard, signal.SIG_DFL)
         self.received = number
         if not self.deferred:
-            raise TrainingStopped(number)
+            raise Stopped(number)
         os.write(2, LAST_WORDS)  # print isn't safe here: it may have been interrupted itself
 
     def raise_if_received(self) -> None:
-        """Raise ``TrainingStopped`` if a signal has come."""
+        """Raise ``Stopped`` if a signal has come."""
         if self.received:
-            raise TrainingStopped(self.received)
+            raise Stopped(self.received)
 
 
 @contextlib.contextmanager
