@@ -69,8 +69,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
 
 
-def name_some(values: Iterable[object], at_most: int = 5) -> str:
-    """Return the first few values for a message: ``"3, 7, 9 and 12 more"``."""
+def name_some(values: Iterable[object], at_most: int = 5, count: int = 0) -> str:
+    """Return the first few values for a message: ``"3, 7, 9 and 12 more"``.
+
+    Args:
+        values: All of them, or the first few.
+        at_most: How many are named.
+        count: How many there are, where just the first few are given.
+    """
     items = [str(value) for value in values]
+    left = max(count, len(items)) - len(items[:at_most])
     shown = ", ".join(items[:at_most])
-    return f"{shown} and {len(items) - at_most} more" if len(items) > at_most else shown
+    return f"{shown} and {left} more" if left else shown

@@ -33,6 +33,7 @@ class Progress:
         initial: Units done before this process started (a resumed job).
         scale: Print large counts as k, M, G (bytes, say).
         delay: Seconds before the bar appears, for what is mostly over by then.
+        hidden: Show nothing.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class Progress:
         initial: int = 0,
         scale: bool = False,
         delay: float = 0.0,
+        hidden: bool = False,
     ) -> None:
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty() and not hidden
+        self._hidden = hidden
         description = printable(description)
         self._bar = tqdm(
             total=total,
@@ -79,6 +82,10 @@ class Progress:
         elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print_line()
 
+    def set_total(self, total: int) -> None:
+        """Tell how many units there are, once it is known."""
+        self._meter["total"] = self._bar.total = total
+
     def close(self) -> None:
         """Finish the line. A job of under 5 seconds leaves no line without a terminal."""
         if self._terminal:
@@ -98,6 +105,8 @@ class Progress:
         self.close()
 
     def _print_line(self) -> None:
+        if self._hidden:
+            return
         self._printed = time.monotonic()
         log_line(
             tqdm.format_meter(n=self._done, elapsed=self._printed - self._started, **self._meter)

@@ -17,10 +17,11 @@ import torch
 
 from captioner.checkpoint_directory import CARD_FILE, CONFIG_FILE, PRETRAINED_DIR, find_checkpoint
 from captioner.cli import HelpFormatter, Parser, command
+from captioner.data.listing import ImageFile, listed_images
 from captioner.errors import CaptionerError, CheckpointError
 from captioner.files import atomic_directory, read_json
 from captioner.inference.captioner import Captioner
-from captioner.inference.folder import ImageFile, caption_files, listed_images
+from captioner.inference.folder import caption_files
 from captioner.models.checkpoint import save_checkpoint
 
 LEAST_EQUAL = 0.99

@@ -2,30 +2,37 @@
 
 import argparse
 import dataclasses
-import math
+import signal
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioner.checkpoint_directory import default_checkpoint, is_checkpoint, is_pretrained
+from captioner.checkpoint_directory import (
+    WEIGHTS_FILE,
+    default_checkpoint,
+    find_checkpoint,
+    is_checkpoint,
+    is_pretrained,
+)
 from captioner.cli import HelpFormatter, Parser, command, output_is_closed, program_name
 from captioner.config import SearchConfig
-from captioner.data.annotations import ImageId
-from captioner.data.predictions import predictions_format, write_predictions
 from captioner.errors import DataError, UsageError, name_some
 from captioner.experiment_file import attribute_docs
-from captioner.progress import log_line, print_line
+from captioner.progress import LONG, log_line, print_line
+from captioner.stopping import Stopped
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help must not wait for it
-    from captioner.inference.captioner import Caption
-    from captioner.inference.folder import ImageFile
+    from captioner.data.listing import Listing
+    from captioner.inference.captioner import Captioner
+    from captioner.inference.job import JobSettings, Summary
 
 DESCRIPTION = """\
 Caption images, and all images in folders and the folders below them.
 
   captioner caption photos                    # with the captioner that comes with the package
   captioner caption RUN photos dog.jpg        # with your own
+  captioner caption photos --output captions.jsonl captions.csv
 
 A checkpoint directory (such as RUN/best, or RUN for short) is all that is needed: it holds the
 weights, the vocabulary, the preprocessing and the settings. Where the first argument is one, or a
@@ -35,6 +42,10 @@ reported by name and left out; the exit code is then 3, or 1 where none could be
 Without --output the captions are printed, an image a line: its path, a tab, its caption, control
 characters as escapes (\\n). Several captions of an image (--n-best) have a line each, and their
 score behind them.
+
+With --output the job may be stopped or killed at any moment: the same command goes on where it was,
+and finished images are captioned again only if their files have changed. What is done is kept in
+OUTPUT.journal, why images failed in OUTPUT.failures.jsonl.
 
 The results' ids are the paths of the images: below the folder, where one folder is given; else as
 given, with the folder's name.
@@ -50,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "inputs",
         type=Path,
-        nargs="+",
+        nargs="*",
         metavar="image_or_folder",
         help="what is captioned; before it a checkpoint directory or a captioner's name may come",
     )
@@ -60,32 +71,105 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoint directory, or a captioner's name; all else is then captioned",
     )
     parser.add_argument(
-        "--output",
-        type=Path,
-        help="captions.json (COCO results format), captions.jsonl or captions.csv",
-    )
-    parser.add_argument(
-        "--csv-safe",
-        action="store_true",
-        help="for spreadsheets: put ' before cells of a .csv that begin with = + - @ tab or CR; "
-        "what reads the file again sees the '",
-    )
-    parser.add_argument(
-        "--annotations",
-        type=Path,
-        help="caption just the images of the folder that this captions file lists, by its ids",
-    )
-    parser.add_argument("--split", help="the images of this split of --annotations alone")
-    parser.add_argument(
         "--ensemble",
         type=Path,
         nargs="+",
         metavar="CHECKPOINT",
         help="further checkpoints, with the same vocabulary: probabilities are averaged",
     )
+    _add_choice(parser)
+    _add_outputs(parser)
     _add_search_settings(parser)
     _add_machine_settings(parser)
     return parser
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which images")
+    group.add_argument(
+        "--include",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="of folders just the images whose names or paths below fit: '*.jpg' '2024/*'",
+    )
+    group.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="of folders not the images and folders whose names or paths below fit",
+    )
+    group.add_argument(
+        "--recursive",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="walk through folders in folders",
+    )
+    group.add_argument("--follow-links", action="store_true", help="follow links to folders, too")
+    group.add_argument(
+        "--from-file", metavar="LIST", help="a file of paths, one a line; - is standard input"
+    )
+    group.add_argument(
+        "--zero", action="store_true", help="paths in LIST end with NUL, as find -print0 does it"
+    )
+    group.add_argument(
+        "--annotations",
+        type=Path,
+        help="caption just the images of the folder that this captions file lists, by its ids",
+    )
+    group.add_argument("--split", help="the images of this split of --annotations alone")
+    group.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="just the I-th of N parts (1/N to N/N), by a hash of the path; see captioner merge",
+    )
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what becomes of the captions")
+    group.add_argument(
+        "--output",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files: captions.jsonl and .csv grow image by image; .json (COCO results format) and "
+        ".sqlite are written at the end",
+    )
+    group.add_argument(
+        "--csv-safe",
+        action="store_true",
+        help="for spreadsheets: put ' before cells of a .csv that begin with = + - @ tab or CR; "
+        "what reads the file again sees the '",
+    )
+    group.add_argument(
+        "--sidecars",
+        action="store_true",
+        help="write dog.txt beside dog.jpg; a file that this tool did not write stays as it is",
+    )
+    group.add_argument(
+        "--overwrite-sidecars", action="store_true", help="even such a file is overwritten"
+    )
+    group.add_argument(
+        "--hash",
+        action="store_true",
+        help="tell by their content (SHA-256) whether files changed, not by size and time, and "
+        "write it into the outputs",
+    )
+    group.add_argument(
+        "--retry", action="store_true", help="try images again that couldn't be captioned before"
+    )
+    begin = group.add_mutually_exclusive_group()
+    begin.add_argument("--redo", action="store_true", help="begin anew: outputs are overwritten")
+    begin.add_argument(
+        "--append",
+        action="store_true",
+        help="go on although the checkpoint, the settings or the inputs are others",
+    )
+    group.add_argument(
+        "--quiet", action="store_true", help="no progress, and no warnings of single images"
+    )
 
 
 def _add_machine_settings(parser: argparse.ArgumentParser) -> None:
@@ -144,13 +228,13 @@ def _add_search_settings(parser: argparse.ArgumentParser) -> None:
 
 def _take_checkpoint(args: argparse.Namespace) -> Path | None:
     """Return the checkpoint that is named; where it is the first input, it is none any longer."""
-    first: Path = args.inputs[0]
-    if args.checkpoint or not (
-        is_checkpoint(first) or (is_pretrained(first) and not first.exists())
-    ):
+    if args.checkpoint or not args.inputs:
         return args.checkpoint
+    first: Path = args.inputs[0]
+    if not (is_checkpoint(first) or (is_pretrained(first) and not first.exists())):
+        return None
     del args.inputs[0]
-    if not args.inputs:
+    if not args.inputs and not args.from_file:
         raise UsageError(f"{first}: the images or folders to caption are missing after it")
     return first
 
@@ -167,19 +251,54 @@ def _check_writable(path: Path) -> None:
 
 def _check_usage(args: argparse.Namespace) -> None:
     """Refuse what can't end well before hours of work, not after."""
-    if args.annotations and len(args.inputs) > 1:
+    from captioner.inference.outputs import output_suffix
+
+    if not args.inputs and not args.from_file:
+        raise UsageError("the images or folders to caption are missing")
+    if args.inputs and args.from_file:
+        raise UsageError(f"either images and folders or --from-file, found {args.inputs[0]} too")
+    if args.annotations and len(args.inputs) != 1:
         raise UsageError(f"--annotations needs exactly one folder, found {len(args.inputs)} inputs")
     if args.split and not args.annotations:
         raise UsageError("--split chooses among the images of --annotations, which is missing")
     if args.batch_size < 0:
         raise UsageError(f"--batch-size: at least 0 was expected, found {args.batch_size}")
-    suffix = predictions_format(args.output) if args.output else ""
-    if args.csv_safe and suffix != ".csv":
+    suffixes = [output_suffix(path) for path in args.output]
+    if args.csv_safe and ".csv" not in suffixes:
         raise UsageError("--csv-safe needs an --output whose name ends in .csv")
-    if args.output:
-        _check_writable(args.output)
-    elif output_is_closed():
+    names = [path.name for path in args.output]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--output: {name_some(args.output)}: two of these have the same name")
+    if not args.output:
+        for name in ("sidecars", "hash", "retry", "redo", "append"):
+            if getattr(args, name):
+                raise UsageError(f"--{name} needs an --output, whose journal tells what is done")
+    if not args.output and output_is_closed():
         raise UsageError("standard output is closed, and --output is missing")
+    for path in args.output:
+        _check_writable(path)
+
+
+def _listing(args: argparse.Namespace) -> "Listing":
+    """Return the images that are meant."""
+    from captioner.data.listing import Listing, Selection, Shard
+
+    shard = None
+    if args.shard:
+        try:
+            shard = Shard.parse(args.shard)
+        except ValueError:
+            raise UsageError(
+                f"--shard: I/N with I from 1 to N was expected, such as 2/8, found {args.shard!r}"
+            ) from None
+    if args.annotations:
+        return Listing.of_annotations(args.inputs[0], args.annotations, args.split, shard)
+    if args.from_file:
+        return Listing.of_list(args.from_file, args.zero, shard)
+    selection = Selection(
+        tuple(args.include), tuple(args.exclude), args.recursive, args.follow_links
+    )
+    return Listing.of_inputs(args.inputs, selection, shard)
 
 
 @command
@@ -191,76 +310,133 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from captioner.device import keep_freed_memory
     from captioner.inference.captioner import Captioner
-    from captioner.inference.folder import caption_files, find_images, listed_images
+    from captioner.inference.job import run_job
 
     keep_freed_memory()
-    if args.annotations:
-        images = listed_images(args.inputs[0], args.annotations, args.split)
-    else:
-        images = find_images(args.inputs)
+    listing = _listing(args)
     checkpoints = [checkpoint or default_checkpoint(), *(args.ensemble or [])]
     captioner = Captioner.from_pretrained(checkpoints, args.device, args.precision)
-    settings = {name: getattr(args, name) for name in attribute_docs(SearchConfig)}
-    search = captioner.search(**settings)
-    if args.output and search.n_best > 1 and predictions_format(args.output) != ".jsonl":
+    search = captioner.search(
+        **{name: getattr(args, name) for name in attribute_docs(SearchConfig)}
+    )
+    if not args.output:
+        return _print_captions(captioner, listing, search, args)
+    whole = [path for path in args.output if path.suffix.lower() == ".json"]
+    if search.n_best > 1 and len(whole) == len(args.output):
         raise UsageError(
-            f"--output {args.output}: {search.n_best} captions of an image (search.n_best) need a "
-            "name that ends in .jsonl"
+            f"--output {whole[0]}: {search.n_best} captions of an image (search.n_best) need a "
+            "name that ends in .jsonl, .csv or .sqlite"
         )
-    captions, failed = caption_files(captioner, images, search, args.batch_size, args.workers)
-    if not captions:
-        kept = f"; {args.output} is not written" if args.output else ""
-        raise DataError(f"none of {len(images)} images could be captioned{kept}")
-    captioned = [image for image in images if image.image_id in captions]
-    if args.output:
-        rows = [_row(image, captions[image.image_id], search.n_best) for image in captioned]
-        _write(args.output, rows, args.csv_safe)
-    else:
-        for image in captioned:
-            _print(image, captions[image.image_id], search.n_best)
-    _warn_of_empty(captions)
-    if failed:
-        log_line(
-            f"{len(failed)} of {len(images)} images could not be captioned: {name_some(failed)}"
-        )
-        return 3
-    return 0
+    settings = _job_settings(args)
+    signature = _signature(checkpoints, captioner, search, args)
+    try:
+        summary = run_job(captioner, listing, search, settings, signature)
+    except Stopped as stopped:
+        cause = "Ctrl-C" if stopped.signal == signal.SIGINT else stopped.signal.name
+        log_line(f"stopped by {cause}: what is done is kept; the same command goes on from here")
+        return 128 + stopped.signal
+    return _report(summary, settings, args)
 
 
-def _write(output: Path, rows: list[dict[str, Any]], csv_safe: bool) -> None:
-    if predictions_format(output) == ".json":  # exactly the COCO results format
-        rows = [{"image_id": row["image_id"], "caption": row["caption"]} for row in rows]
-    write_predictions(output, rows, csv_safe)
-    print_line(f"{len(rows)} captions in {output}")
+def _job_settings(args: argparse.Namespace) -> "JobSettings":
+    from captioner.inference.job import JobSettings
+
+    names = {field.name for field in dataclasses.fields(JobSettings)} - {"outputs", "has_hash"}
+    chosen = {name: getattr(args, name) for name in names}
+    return JobSettings(outputs=tuple(args.output), has_hash=args.hash, **chosen)
 
 
-def _print(image: "ImageFile", captions: Sequence["Caption"], n_best: int) -> None:
-    for caption in captions:
-        score = [f"{caption.score:.4f}"] if n_best > 1 else []
-        print_line(image.name, caption.text, *score)
+def _signature(
+    checkpoints: Sequence[Path],
+    captioner: "Captioner",
+    search: SearchConfig,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Return what must stay the same for a job to go on."""
+    from captioner.inference.job import file_sha256
 
-
-def _warn_of_empty(captions: "Mapping[ImageId, Sequence[Caption]]") -> None:
-    empty = [name for name, best in captions.items() if best[0].log_probability == -math.inf]
-    if empty:
-        log_line(
-            f"warning: {len(empty)} captions are empty, no caption that met the settings was "
-            f"found: {name_some(empty)}"
-        )
-
-
-def _row(image: "ImageFile", captions: Sequence["Caption"], n_best: int) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "image_id": image.image_id,
-        "file_name": image.name,
-        "caption": captions[0].text,
+    weights = [file_sha256(find_checkpoint(path) / WEIGHTS_FILE)[:16] for path in checkpoints]
+    settings = {f"search.{name}": value for name, value in dataclasses.asdict(search).items()}
+    return {
+        "checkpoint": "+".join(weights),
+        **{name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
+        "--precision": str(captioner.precision).removeprefix("torch."),
+        "--hash": args.hash,
+        "--csv-safe": args.csv_safe,
     }
-    if n_best > 1:
-        row["captions"] = [caption.text for caption in captions]
-        row["log_probabilities"] = [_finite(caption.log_probability) for caption in captions]
-        row["scores"] = [_finite(caption.score) for caption in captions]
-    return row
 
 
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+def _report(summary: "Summary", settings: "JobSettings", args: argparse.Namespace) -> int:
+    """Say what a job has done and where it is; return the exit code."""
+    from captioner.inference.outputs import failures_path
+
+    reasons = failures_path(settings.outputs[0])
+    if not summary.total:
+        raise _nothing_captioned(args, summary.failed, f"; reasons in {reasons}")
+    if not settings.quiet:
+        now = f", {summary.captioned} of them now" if summary.captioned < summary.total else ""
+        for path in settings.outputs:
+            print_line(f"{summary.total} captions in {path}{now}")
+        if summary.seconds >= LONG:
+            rate = summary.captioned / summary.seconds
+            log_line(f"{summary.captioned} images in {summary.seconds:.0f} s, {rate:.1f} a second")
+        if summary.sidecars_left:
+            log_line(
+                f"{summary.sidecars_left} text files were left as they were: this tool did not "
+                "write them (--overwrite-sidecars)"
+            )
+    _warn_of_empty(summary)
+    if not summary.failed:
+        return 0
+    log_line(f"{_failures(summary)}; reasons in {reasons}")
+    return 3
+
+
+def _failures(summary: "Summary") -> str:
+    count = summary.failed + summary.total
+    names = name_some(summary.failed_names, count=summary.failed)
+    return f"{summary.failed} of {count} images could not be captioned: {names}"
+
+
+def _nothing_captioned(args: argparse.Namespace, failed: int, reasons: str = "") -> DataError:
+    if failed:
+        return DataError(f"none of {failed} images could be captioned{reasons}")
+    return DataError(f"{name_some(args.inputs or [args.from_file])}: no image to caption")
+
+
+def _print_captions(
+    captioner: "Captioner", listing: "Listing", search: SearchConfig, args: argparse.Namespace
+) -> int:
+    """Print captions as they come."""
+    from captioner.inference.folder import caption_stream
+    from captioner.inference.job import Summary
+
+    summary = Summary()
+    images = listing.images(args.quiet)
+    for records in caption_stream(captioner, images, search, args.batch_size, args.workers):
+        summary.add(records)
+        for record in records:
+            if record.error:
+                summary.failed += 1
+                summary.failed_names += [record.name] if summary.failed <= 5 else []
+                if not args.quiet:
+                    log_line(f"warning: {record.error}")
+            for caption in record.captions:
+                score = [f"{caption.score:.4f}"] if search.n_best > 1 else []
+                print_line(record.name, caption.text, *score)
+    summary.total = summary.captioned
+    if not summary.total:
+        raise _nothing_captioned(args, summary.failed)
+    _warn_of_empty(summary)
+    if not summary.failed:
+        return 0
+    log_line(_failures(summary))
+    return 3
+
+
+def _warn_of_empty(summary: "Summary") -> None:
+    if summary.empty_count:
+        log_line(
+            f"warning: {summary.empty_count} captions are empty, no caption that met the settings "
+            f"was found: {name_some(summary.empty, count=summary.empty_count)}"
+        )

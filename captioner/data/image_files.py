@@ -53,6 +53,7 @@ STRIP_PIXELS = 1 << 20  # converted at a time
 DECODER_BYTES = {"WEBP": 16, "AVIF": 10, "JPEG2000": 20, "TIFF": 12}
 OTHER_DECODER_BYTES, CONVERSION_BYTES = 4, 8
 TILE_WIDTH, TILE_LENGTH = 322, 323  # of TIFF
+QUARTER_TURNS = range(5, 9)  # orientations of EXIF that exchange width and height
 
 
 def load_image(
@@ -72,6 +73,10 @@ def load_image(
         reserve: Called, before the image is decoded, with how many bytes that takes.
         name: What messages call the image; by default its path.
 
+    Returns:
+        The image; its ``info["original_size"]`` is the width and height, in pixels, that it has in
+        the file, turned upright.
+
     Raises:
         ImageError: It can't be read, or it is too large (``max_pixels``); the message names the
             file and the reason.
@@ -80,12 +85,16 @@ def load_image(
     name = name or _name(source)
     try:
         with _opened(source) as image:
+            original_size = image.size
             if least:
                 image.draft(None, (least, least))
             size = _check_size(image, name, least)
             if reserve:
                 reserve(size)
-            return to_rgb(image, least)
+            rgb = to_rgb(image, least)
+            is_turned = _orientation(image) in QUARTER_TURNS
+            rgb.info["original_size"] = original_size[::-1] if is_turned else original_size
+            return rgb
     except (ImageError, ConfigError, MemoryError):
         raise
     except FileNotFoundError:
@@ -257,17 +266,23 @@ def to_rgb(image: Image.Image, least: int = 0) -> Image.Image:
         least: As in ``load_image``; here for other images than JPEGs.
     """
     image.load()  # some formats have their EXIF after the pixels
+    orientation = _orientation(image)
+    rgb = _convert(image, _whole_factor(image.size, least))
+    rgb.info.clear()
+    if orientation:
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(rgb, in_place=True)  # of small pixels; the tag is gone after it
+    return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return what an image's EXIF says of its orientation, 1 to 8; 0 where it says nothing."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     # Damaged EXIF raises almost anything, and is no reason to lose the picture.
     except Exception:
-        orientation = None
-    rgb = _convert(image, _whole_factor(image.size, least))
-    rgb.info.clear()
-    if isinstance(orientation, int):
-        rgb.getexif()[ExifTags.Base.Orientation] = orientation
-        ImageOps.exif_transpose(rgb, in_place=True)  # of small pixels; the tag is gone after it
-    return rgb
+        return 0
+    return orientation if isinstance(orientation, int) else 0
 
 
 def _whole_factor(size: tuple[int, int], least: int) -> int:

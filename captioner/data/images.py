@@ -7,9 +7,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Augment = Callable[[int], Augmentation]
+Size = tuple[int, int]  # width and height of an image as it is seen, in pixels
 
 RESIZES, INTERPOLATIONS = ("crop", "squash"), ("bilinear", "bicubic")
 
@@ -121,6 +122,19 @@ class Preprocessing:
     ) -> torch.Tensor:
         """Return the pixels of an image: (3, image_size, image_size), uint8.
 
+        The arguments and errors are those of ``load_with_size``.
+        """
+        return self.load_with_size(source, reserve, name, augmentation)[0]
+
+    def load_with_size(
+        self,
+        source: ImageSource,
+        reserve: Reserve | None = None,
+        name: str = "",
+        augmentation: Augmentation | None = None,
+    ) -> tuple[torch.Tensor, Size]:
+        """Return the pixels of an image, (3, image_size, image_size), uint8, and its own size.
+
         Args:
             source: A path, bytes, an open binary file, or Pillow's image.
             reserve: As ``load_image`` takes it.
@@ -135,7 +149,8 @@ class Preprocessing:
         least = 2 * (self.image_size if self.resize == "squash" else self.resize_size)
         if augmentation and augmentation.crops:  # a part of it fills the square
             least = math.ceil(least / math.sqrt(augmentation.settings.crop * LEAST_ASPECT))
-        return self(load_image(source, least, reserve, name), augmentation)
+        image = load_image(source, least, reserve, name)
+        return self(image, augmentation), image.info["original_size"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -158,15 +173,17 @@ class PixelBatch:
         indices: Which images of the list these are, of length B.
         pixels: (B, 3, S, S), uint8.
         failures: (index, message) of those that couldn't be read.
+        sizes: Of the B images in their files.
     """
 
     indices: list[int]
     pixels: torch.Tensor
     failures: list[tuple[int, str]]
+    sizes: list[Size] = field(default_factory=list)
 
     def pin_memory(self) -> "PixelBatch":
         """Return it with its pixels in pinned memory; DataLoader calls this for a GPU."""
-        return PixelBatch(self.indices, self.pixels.pin_memory(), self.failures)
+        return dataclasses.replace(self, pixels=self.pixels.pin_memory())
 
 
 def load_pixels(
@@ -179,26 +196,47 @@ def load_pixels(
 ) -> Iterator[PixelBatch]:
     """Decode and preprocess images, batch by batch, in order.
 
+    Args:
+        paths: All image files.
+        preprocessing: What is done to each.
+        batches: Indices into ``paths``, a list for each batch.
+        device: What computes with the pixels; see ``stream_pixels``.
+        workers: Processes or threads; see ``stream_pixels``.
+        augment: How an image of ``paths`` is changed in training, by its index.
+    """
+    named = ([(index, paths[index]) for index in batch] for batch in batches)
+    workers = workers if len(batches) > 1 or device.type == "cpu" else 0
+    return stream_pixels(named, preprocessing, device, workers, augment)
+
+
+def stream_pixels(
+    batches: Iterable[Sequence[tuple[int, str | Path]]],
+    preprocessing: Preprocessing,
+    device: torch.device,
+    workers: int = -1,
+    augment: Augment | None = None,
+) -> Iterator[PixelBatch]:
+    """Decode and preprocess images, batch by batch, in order, however many there are.
+
     For a GPU worker processes decode the next batches while it computes. On a CPU that computes
     itself they would only take its cores away at the wrong moment: there threads decode a batch
     when it is asked for, and end before the computing starts.
 
     Args:
-        paths: All image files.
+        batches: An index and a path for each image of a batch. A batch is asked for in the
+            caller's thread, not long before it is decoded.
         preprocessing: What is done to each.
-        batches: Indices into ``paths``, a list for each batch.
         device: What computes with the pixels; they are not moved there.
         workers: Processes or threads; 0 decodes in this one, -1 takes one a core (16 at most).
             All together hold about 1 GiB of large images at a time (``DecodingMemory``). An image
             for which memory runs out is read again while no other large one is held; then it fails.
-        augment: How an image of ``paths`` is changed in training, by its index.
+        augment: How an image is changed in training, by its index.
     """
     max_pixels()  # if it is set wrong, that is said here
     if workers < 0:
         workers = min(16, _cores())
     in_threads = device.type == "cpu" and workers > 0
-    memory = DecodingMemory(processes=not in_threads)
-    files = _ImageFiles(paths, preprocessing, memory, augment)
+    files = _ImageFiles(preprocessing, DecodingMemory(processes=not in_threads), augment)
     if in_threads:
         return _load_in_threads(files, batches, workers)
     return iter(
@@ -206,7 +244,7 @@ def load_pixels(
             files,
             batch_sampler=batches,  # type: ignore[arg-type]
             collate_fn=_collate,
-            num_workers=workers if len(batches) > 1 else 0,
+            num_workers=workers,
             generator=torch.Generator(),  # its own: dropout's random numbers stay as they are
             pin_memory=device.type == "cuda",
             worker_init_fn=_ignore_ctrl_c,
@@ -220,7 +258,7 @@ def _ignore_ctrl_c(worker: int) -> None:
 
 
 def _load_in_threads(
-    files: "_ImageFiles", batches: Sequence[Sequence[int]], workers: int
+    files: "_ImageFiles", batches: Iterable[Sequence[tuple[int, str | Path]]], workers: int
 ) -> Iterator[PixelBatch]:
     with ThreadPoolExecutor(workers) as threads:
         for batch in batches:
@@ -278,43 +316,42 @@ class DecodingMemory:
                 self._blocks.release()
 
 
+_Loaded = tuple[int, torch.Tensor | None, Size, str]
+
+
 class _ImageFiles(Dataset):
+    """Image files as DataLoader takes them; indexed by an index and a path."""
+
     def __init__(
-        self,
-        paths: Sequence[str | Path],
-        preprocessing: Preprocessing,
-        memory: DecodingMemory,
-        augment: Augment | None = None,
+        self, preprocessing: Preprocessing, memory: DecodingMemory, augment: Augment | None = None
     ) -> None:
-        self.paths, self.preprocessing, self.memory = paths, preprocessing, memory
-        self.augment = augment
+        self.preprocessing, self.memory, self.augment = preprocessing, memory, augment
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str]:
+    def __getitem__(self, image: tuple[int, str | Path]) -> _Loaded:
+        index, path = image
         for alone in (False, True):  # the memory that others hold may be what it lacks
             try:
-                return index, self._load(index, alone), ""
+                return index, *self._load(index, path, alone), ""
             except ImageError as error:
-                return index, None, str(error)
+                return index, None, (0, 0), str(error)
             except MemoryError:
                 pass  # what the failed try held is free again after this clause
         message = "there is too little memory to read it; free some, or scale the image down"
-        return index, None, f"{self.paths[index]}: {message}"
+        return index, None, (0, 0), f"{path}: {message}"
 
-    def _load(self, index: int, alone: bool) -> torch.Tensor:
+    def _load(self, index: int, path: str | Path, alone: bool) -> tuple[torch.Tensor, Size]:
         with self.memory.reader() as reserve:
             if alone:
                 reserve(self.memory.BLOCK_BYTES * self.memory.BLOCKS)
             augmentation = self.augment(index) if self.augment else None
-            return self.preprocessing.load(self.paths[index], reserve, augmentation=augmentation)
+            return self.preprocessing.load_with_size(path, reserve, augmentation=augmentation)
 
 
-def _collate(items: list[tuple[int, torch.Tensor | None, str]]) -> PixelBatch:
-    good = [(index, pixels) for index, pixels, _ in items if pixels is not None]
+def _collate(items: list[_Loaded]) -> PixelBatch:
+    good = [(index, pixels, size) for index, pixels, size, _ in items if pixels is not None]
     return PixelBatch(
-        indices=[index for index, _ in good],
-        pixels=torch.stack([pixels for _, pixels in good]) if good else torch.empty(0),
-        failures=[(index, message) for index, pixels, message in items if pixels is None],
+        indices=[index for index, _, _ in good],
+        pixels=torch.stack([pixels for _, pixels, _ in good]) if good else torch.empty(0),
+        failures=[(index, message) for index, pixels, _, message in items if pixels is None],
+        sizes=[size for _, _, size in good],
     )

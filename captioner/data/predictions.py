@@ -45,9 +45,9 @@ def write_predictions(path: str | Path, rows: Iterable[Row], csv_safe: bool = Fa
         if kind == ".csv":
             _write_csv(file, rows, "'" if csv_safe else "")
         elif kind == ".jsonl":
-            file.writelines(f"{_to_json(row)}\n" for row in rows)
+            file.writelines(f"{to_json(row)}\n" for row in rows)
         else:
-            file.write("[" + ",\n ".join(_to_json(row) for row in rows) + "]\n")
+            file.write("[" + ",\n ".join(to_json(row) for row in rows) + "]\n")
 
 
 def read_predictions(path: str | Path) -> dict[ImageId, str]:
@@ -117,7 +117,8 @@ def _short(value: object) -> str:
 # --- JSON and JSON lines --------------------------------------------------------------------
 
 
-def _to_json(row: Row) -> str:
+def to_json(row: Row) -> str:
+    """Return a row as JSON on one line, whatever its texts hold."""
     line = json.dumps(dict(row), ensure_ascii=False)
     # A file name that isn't UTF-8 holds lone surrogates, which only \\u escapes can carry.
     return json.dumps(dict(row)) if _LONE_SURROGATE.search(line) else line
@@ -148,13 +149,16 @@ def _write_csv(file: Any, rows: Sequence[Row], before_formula: str) -> None:
     writer = csv.writer(file)
     writer.writerow(columns)
     for row in rows:
-        cells = [_to_cell(row.get(column, "")) for column in columns]
+        cells = [to_cell(row.get(column, "")) for column in columns]
         writer.writerow(
             [before_formula + cell if cell.startswith(FORMULA_STARTS) else cell for cell in cells]
         )
 
 
-def _to_cell(value: Any) -> str:
+def to_cell(value: Any) -> str:
+    """Return a value as the text of a CSV's cell."""
+    if value is None:
+        return ""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace").decode()
 

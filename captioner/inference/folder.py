@@ -1,113 +1,22 @@
-"""Captions for image files and folders of them."""
+"""Captions for image files, however many, and whatever happens to single ones."""
 
-import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 
 from captioner.config import SearchConfig
-from captioner.data.annotations import ImageId, read_annotations
-from captioner.data.image_files import IMAGE_SUFFIXES
-from captioner.data.images import in_batches, load_pixels
+from captioner.data.annotations import ImageId
+from captioner.data.images import PixelBatch, stream_pixels
+from captioner.data.listing import ImageFile
 from captioner.device import free_memory, is_out_of_memory
-from captioner.errors import CaptionerError, DataError, name_some
+from captioner.errors import CaptionerError
 from captioner.inference.captioner import Caption, Captioner
+from captioner.inference.records import RankedCaption, Record
 from captioner.progress import Progress, log_line
 from captioner.search import NO_PROBABILITIES
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image to caption.
-
-    Attributes:
-        image_id: What the results call it.
-        name: Its path below the folder, or as it was given; with ``/`` between the parts.
-        path: Where it is.
-    """
-
-    image_id: ImageId
-    name: str
-    path: Path
-
-
-def find_images(inputs: str | Path | Sequence[str | Path]) -> list[ImageFile]:
-    """Return the images that files and folders name, in their order.
-
-    A folder stands for the images in it and in the folders below it, by name. A file is taken for
-    an image whatever its suffix.
-
-    Ids are names. Of a single folder, an image's name is its path below the folder; of anything
-    else it is the path as given: the file's own, or the folder's with the path below it. So no two
-    images have the same id, and one that is given twice comes once.
-
-    Raises:
-        DataError: A file or folder is missing, or there is no image.
-    """
-    paths = [Path(path) for path in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
-    for path in paths:
-        if not os.path.exists(path):
-            raise DataError(f"{path}: no such file or folder")
-    images: dict[str, ImageFile] = {}
-    for path in paths:
-        for file in _files_below(path) if os.path.isdir(path) else [path]:
-            below = len(paths) == 1 and file != path
-            name = (file.relative_to(path) if below else file).as_posix()
-            images.setdefault(name, ImageFile(name, name, file))
-    if not images:
-        raise DataError(f"{name_some(paths)}: no image to caption")
-    return list(images.values())
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """Return the files in a folder whose names say that they are images, and report the others."""
-    found, others = [], 0
-    for parent, folders, names in os.walk(folder, onerror=_report):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(parent) / name
-            if name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
-                others += 1
-            else:
-                found.append(path)
-    if not found:
-        log_line(f"warning: {folder}: no image files (of {others} none ends in .jpg, .png, …)")
-    elif others:
-        log_line(f"{folder}: {others} files are passed over: hidden, or no images by their suffix")
-    return found
-
-
-def _report(error: OSError) -> None:
-    log_line(
-        f"warning: {error.filename}: this folder can't be read ({error.strerror}); it is left out"
-    )
-
-
-def listed_images(
-    folder: str | Path, annotations: str | Path, split: str | None = None
-) -> list[ImageFile]:
-    """Return the images that a captions file lists, with its ids.
-
-    Raises:
-        DataError: The folder is missing; the file can't be read, or lists no file names.
-    """
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder}: no such folder")
-    images = read_annotations(annotations, split).images
-    nameless = [image.image_id for image in images if not image.file_name]
-    if nameless:
-        raise DataError(
-            f"{annotations}: {len(nameless)} images have no 'file_name' (ids {name_some(nameless)})"
-        )
-    if not images:
-        raise DataError(f"{annotations}: it lists no images")
-    return [
-        ImageFile(image.image_id, str(image.file_name), Path(folder) / str(image.file_name))
-        for image in images
-    ]
 
 
 def caption_files(
@@ -116,44 +25,82 @@ def caption_files(
     search: SearchConfig,
     batch_size: int = 0,
     workers: int = -1,
-) -> tuple[dict[ImageId, list[Caption]], dict[str, str]]:
-    """Caption image files, whatever happens to single ones.
+) -> tuple[dict[ImageId, tuple[RankedCaption, ...]], dict[str, str]]:
+    """Caption image files that fit into memory; see ``caption_stream``.
+
+    Returns:
+        The captions by image id, best first; and why, by name, images couldn't be captioned.
+    """
+    captions: dict[ImageId, tuple[RankedCaption, ...]] = {}
+    failed: dict[str, str] = {}
+    with Progress("captioning", len(images), "image") as bar:
+        for records in caption_stream(captioner, images, search, batch_size, workers):
+            for record in records:
+                if record.error:
+                    failed[record.name] = record.error
+                    log_line(f"warning: {record.error}")
+                else:
+                    captions[record.image_id] = record.captions
+            bar.update(len(records))
+    return captions, failed
+
+
+def caption_stream(
+    captioner: Captioner,
+    images: Iterable[ImageFile],
+    search: SearchConfig,
+    batch_size: int = 0,
+    workers: int = -1,
+) -> Iterator[list[Record]]:
+    """Caption image files, batch by batch, in order.
 
     Args:
         captioner: The captioner.
-        images: What to caption.
+        images: What to caption; walked through in the caller's thread, a few batches ahead.
         search: How. Samples of an image depend on its id, not on the images beside it.
         batch_size: Images encoded and decoded at a time; 0 takes what fits into memory. Where
             memory runs out all the same, batches are halved from there on.
         workers: Processes (GPU) or threads (CPU) that read images; -1 takes one a core.
 
-    Returns:
-        The captions by image id, best first; and why, by name, images couldn't be captioned.
+    Yields:
+        A record for each image of a batch: its captions, or why it couldn't be captioned.
 
     Raises:
         CaptionerError: Even a single image is too much.
     """
-    captions: dict[ImageId, list[Caption]] = {}
-    failed: dict[str, str] = {}
     at_once = batch_size or _fitting(captioner, search)
+    waiting: deque[list[ImageFile]] = deque()  # batches that are being read
+    left = iter(images)
+
+    def batches() -> Iterator[list[tuple[int, str]]]:
+        size = at_once
+        while batch := list(islice(left, size)):
+            waiting.append(batch)
+            yield [(index, str(image.path)) for index, image in enumerate(batch)]
+
     preprocessing = captioner.model.encoder.preprocessing
-    paths, batches = [image.path for image in images], in_batches(len(images), at_once)
-    loaded = load_pixels(paths, preprocessing, batches, captioner.device, workers)
-    with Progress("captioning", len(images), "image") as bar:
-        for batch in loaded:
-            readable = [images[index] for index in batch.indices]
-            results, at_once = _caption_batch(captioner, batch.pixels, readable, search, at_once)
-            failures = [(images[index], message) for index, message in batch.failures]
-            for image, best in zip(readable, results, strict=True):
-                if best:
-                    captions[image.image_id] = best
-                else:
-                    failures.append((image, f"{image.path}: {NO_PROBABILITIES}"))
-            for image, message in failures:
-                failed[image.name] = message
-                log_line(f"warning: {message}")
-            bar.update(len(batch.indices) + len(batch.failures))
-    return captions, failed
+    for loaded in stream_pixels(batches(), preprocessing, captioner.device, workers):
+        batch = waiting.popleft()
+        readable = [batch[index] for index in loaded.indices]
+        captions, at_once = _caption_batch(captioner, loaded.pixels, readable, search, at_once)
+        yield _records(batch, loaded, captions)
+
+
+def _records(
+    batch: Sequence[ImageFile], loaded: PixelBatch, captions: Sequence[Sequence[Caption]]
+) -> list[Record]:
+    """Return a record for each image of a batch."""
+    errors = dict(loaded.failures)
+    found = dict(zip(loaded.indices, zip(captions, loaded.sizes, strict=True), strict=True))
+    records = []
+    for index, image in enumerate(batch):
+        best, (width, height) = found.get(index, ((), (0, 0)))
+        error = errors.get(index, "" if best else f"{image.path}: {NO_PROBABILITIES}")
+        ranked = tuple(RankedCaption(each.text, each.log_probability, each.score) for each in best)
+        records.append(
+            Record(image.image_id, image.name, str(image.path), ranked, width, height, error=error)
+        )
+    return records
 
 
 def _caption_batch(

@@ -422,15 +422,15 @@ def test_an_image_without_memory_is_read_again_alone(tmp_path):
     had_all = []
 
     class ScarceAtFirst(Preprocessing):
-        def load(self, source, reserve=contextlib.nullcontext, name="", augmentation=None):
+        def load_with_size(self, source, reserve, name="", augmentation=None):
             had_all.append(not memory._blocks.acquire(blocking=False))
             if not had_all[-1]:
                 memory._blocks.release()
                 raise MemoryError
-            return super().load(source, reserve)
+            return super().load_with_size(source, reserve)
 
-    index, pixels, message = _ImageFiles([tmp_path / "a.png"], ScarceAtFirst(), memory)[0]
-    assert (index, tuple(pixels.shape), message) == (0, (3, 224, 224), "")
+    index, pixels, size, message = _ImageFiles(ScarceAtFirst(), memory)[0, tmp_path / "a.png"]
+    assert (index, tuple(pixels.shape), size, message) == (0, (3, 224, 224), (64, 48), "")
     assert had_all == [False, True]
     assert all(memory._blocks.acquire(blocking=False) for _ in range(memory.BLOCKS))
 

@@ -17,8 +17,9 @@ from PIL import Image
 from run_commands import run_caption
 
 from captioner.commands import caption, evaluate
+from captioner.data.listing import find_images
 from captioner.data.predictions import read_predictions
-from captioner.inference.folder import caption_files, find_images
+from captioner.inference.folder import caption_files
 from captioner.models.checkpoint import save_checkpoint
 
 ODD_NAMES = {
@@ -72,7 +73,10 @@ def test_columns_of_the_formats(checkpoint, drawn, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     with open(tmp_path / "c.csv", newline="", encoding="utf-8") as file:
         cells = list(csv.DictReader(file))
-    assert lines == cells
+    for line, row in zip(lines, cells, strict=True):
+        assert {name: str(value) for name, value in line.items()} == row
+        assert (line["width"], line["height"]) == Image.open(drawn.images / line["file_name"]).size
+        assert -0.1 < line["log_probability"] <= 0
     assert [row["file_name"] for row in lines] == list(drawn.captions)
     assert [row["caption"] for row in lines] == list(drawn.captions.values())
 
@@ -118,29 +122,26 @@ def test_an_image_that_gives_nan_is_one_failed_image(
         assert row == other
     warning, last = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {folder / '03 black.png'}: the model gives NaN")
-    assert last == "1 of 9 images could not be captioned: 03 black.png"
+    expected = "1 of 9 images could not be captioned: 03 black.png; reasons in "
+    assert last == f"{expected}{output}.failures.jsonl"
 
 
 @pytest.mark.parametrize("output", ["captions.csv", "captions.json"])
-def test_where_no_image_can_be_captioned_earlier_results_stay(checkpoint, tmp_path, capsys, output):
+def test_where_no_image_can_be_captioned_no_results_are_there(checkpoint, tmp_path, capsys, output):
     folder, output = tmp_path / "bad", tmp_path / output
     folder.mkdir()
     for name in ("a.jpg", "b.png"):
         (folder / name).write_bytes(b"\xff\xd8\xff")
     assert run_caption(checkpoint, folder, output) == 1
     assert not output.exists()
-    output.write_text("earlier")
-    capsys.readouterr()
-    assert run_caption(checkpoint, folder, output) == 1
-    assert output.read_text() == "earlier"
     shown = capsys.readouterr()
     assert [line.partition(": ")[0] for line in shown.err.splitlines()] == [
         *("warning", "warning", "error")
     ]
-    assert shown.err.endswith(
-        f"error: none of 2 images could be captioned; {output} is not written\n"
-    )
+    reasons = f"reasons in {output}.failures.jsonl"
+    assert shown.err.endswith(f"error: none of 2 images could be captioned; {reasons}\n")
     assert shown.out == ""
+    assert len(Path(f"{output}.failures.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("case", ["no folder", "empty", "no image"])
@@ -306,7 +307,8 @@ def test_annotations_choose_the_images_and_their_ids(checkpoint, drawn, tmp_path
         key = "image_id" if "image_id" in entry else "id"
         entry[key] = f"img-{entry[key]:04}"
     some.write_text(json.dumps(content))
-    assert run_caption(checkpoint, drawn.images, output, "--annotations", some) == 0
+    assert run_caption(checkpoint, drawn.images, output, "--annotations", some) == 2
+    assert run_caption(checkpoint, drawn.images, output, "--annotations", some, "--redo") == 0
     assert list(read_predictions(output)) == [f"img-{number:04}" for number in expected]
 
 
@@ -373,8 +375,8 @@ def test_annotations_that_list_nothing(checkpoint, drawn, tmp_path, capsys, cont
 @pytest.mark.parametrize(
     ("output", "options", "expected"),
     [
-        ("captions.txt", [], "must end in .json, .jsonl or .csv, found '.txt'"),
-        ("captions", [], "must end in .json, .jsonl or .csv, found 'captions'"),
+        ("captions.txt", [], "must end in .json, .jsonl, .csv or .sqlite, found '.txt'"),
+        ("captions", [], "must end in .json, .jsonl, .csv or .sqlite, found 'captions'"),
         ("folder.json", [], "folder.json: this is a folder"),
         ("taken/captions.json", [], "taken/captions.json: can't be written"),
         ("new/c.json", ["--split", "test"], "--annotations, which is missing"),
@@ -424,21 +426,28 @@ def test_the_output_appears_whole_or_not_at_all(checkpoint, drawn, tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert run_caption(checkpoint, drawn.images, output) == 1
+    assert run_caption(checkpoint, drawn.images, output, "--redo") == 1
     monkeypatch.undo()
     assert "error: writing: No space left on device" in capsys.readouterr().err
     assert output.read_text() == "old"
-    (checkpoint / "vocabulary.json").unlink()
-    assert run_caption(checkpoint, drawn.images, output) == 1
+    names = ["captions.json", "captions.json.journal", "checkpoint"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").unlink()
+    assert run_caption(checkpoint, drawn.images, output, "--redo") == 1
     assert output.read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.json", "checkpoint"]
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    capsys.readouterr()
+    assert run_caption(checkpoint, drawn.images, output, "--redo") == 0
+    assert read_predictions(output) == drawn.captions
 
 
 OUT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
 from captioner import Captioner
-from captioner.inference.folder import caption_files, find_images
+from captioner.data.listing import find_images
+from captioner.inference.folder import caption_files
 
 resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))  # a limit, if not yet one to be met
 images = find_images(sys.argv[2])

@@ -4,7 +4,8 @@ import weakref
 
 import torch
 
-from captioner.inference.folder import caption_files, find_images
+from captioner.data.listing import find_images
+from captioner.inference.folder import caption_files
 
 
 def test_what_a_failed_try_held_is_free_before_the_next(captioner, drawn, monkeypatch):
