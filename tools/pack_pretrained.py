@@ -1,4 +1,4 @@
-"""Put a checkpoint into the package, its weights in float16, after comparing its captions.
+"""Put a checkpoint into the package, its large weights in float16, after comparing its captions.
 
   pack_pretrained.py runs/best/best mobilenet-flickr8k --annotations captions_val.json --images DIR
 

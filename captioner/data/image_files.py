@@ -83,18 +83,24 @@ def load_image(
         MemoryError: There is too little memory for it.
     """
     name = name or _name(source)
+    with _errors_named(name), _opened(source) as image:
+        original_size = image.size
+        if least:
+            image.draft(None, (least, least))
+        size = _check_size(image, name, least)
+        if reserve:
+            reserve(size)
+        rgb = to_rgb(image, least)
+        is_turned = _orientation(image) in QUARTER_TURNS
+    rgb.info["original_size"] = original_size[::-1] if is_turned else original_size
+    return rgb
+
+
+@contextlib.contextmanager
+def _errors_named(name: str) -> Iterator[None]:
+    """Turn what goes wrong in reading an image into an ``ImageError`` that names it."""
     try:
-        with _opened(source) as image:
-            original_size = image.size
-            if least:
-                image.draft(None, (least, least))
-            size = _check_size(image, name, least)
-            if reserve:
-                reserve(size)
-            rgb = to_rgb(image, least)
-            is_turned = _orientation(image) in QUARTER_TURNS
-            rgb.info["original_size"] = original_size[::-1] if is_turned else original_size
-            return rgb
+        yield
     except (ImageError, ConfigError, MemoryError):
         raise
     except FileNotFoundError:

@@ -45,6 +45,7 @@ from captioner.models.encoder import Encoder
 from captioner.models.weights import Unallocated, fill
 from captioner.version import __version__
 
+LARGE_WEIGHT = 200_000  # numbers
 FORMAT = 2  # 1: other names of the decoders' weights
 
 # Far more than any captioner needs.
@@ -87,10 +88,11 @@ def save_checkpoint(
         model: What is saved.
         directory: Where.
         scores: What the model has reached, as JSON takes it.
-        dtype: What its weights are rounded to, say torch.float16 for half the size.
+        dtype: What its large weights are rounded to, say torch.float16 for half the size. Small
+            ones, the CNN's batch norm above all, change captions more than they take room.
     """
     state = {
-        key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().contiguous()
+        key: (tensor.to(dtype) if _is_large(tensor) else tensor).detach().contiguous()
         for key, tensor in model.state_dict().items()
     }
     safetensors.torch.save_file(state, directory / WEIGHTS_FILE)
@@ -100,6 +102,10 @@ def save_checkpoint(
     content = _Content(FORMAT, __version__, encoder, model.decoder.config, model.search, scores)
     write_json(directory / CONFIG_FILE, dataclasses.asdict(content))
     write_checksums(directory)
+
+
+def _is_large(weight: torch.Tensor) -> bool:
+    return weight.is_floating_point() and weight.numel() >= LARGE_WEIGHT
 
 
 def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu") -> CaptioningModel:

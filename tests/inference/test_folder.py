@@ -75,7 +75,8 @@ def test_columns_of_the_formats(checkpoint, drawn, tmp_path):
         cells = list(csv.DictReader(file))
     for line, row in zip(lines, cells, strict=True):
         assert {name: str(value) for name, value in line.items()} == row
-        assert (line["width"], line["height"]) == Image.open(drawn.images / line["file_name"]).size
+        with Image.open(drawn.images / line["file_name"]) as image:
+            assert (line["width"], line["height"]) == image.size
         assert -0.1 < line["log_probability"] <= 0
     assert [row["file_name"] for row in lines] == list(drawn.captions)
     assert [row["caption"] for row in lines] == list(drawn.captions.values())
