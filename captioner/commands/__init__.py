@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a captioner from an experiment file",
     "caption": "caption images and folders of them",
     "merge": "join the captions of several jobs, each over a part of the images",
+    "gallery": "make a page to look at captions and their images",
     "evaluate": "score captions against references",
     "shapes": "draw the data set of rendered scenes",
     "check_shapes": "say whether captions of rendered scenes are true",

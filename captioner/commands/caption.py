@@ -152,6 +152,12 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
         "--overwrite-sidecars", action="store_true", help="even such a file is overwritten"
     )
     group.add_argument(
+        "--gallery",
+        type=Path,
+        metavar="PAGE",
+        help="an HTML page to look at all images and captions; see also captioner gallery",
+    )
+    group.add_argument(
         "--hash",
         action="store_true",
         help="tell by their content (SHA-256) whether files changed, not by size and time, and "
@@ -270,12 +276,12 @@ def _check_usage(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise UsageError(f"--output: {name_some(args.output)}: two of these have the same name")
     if not args.output:
-        for name in ("sidecars", "hash", "retry", "redo", "append"):
+        for name in ("sidecars", "gallery", "hash", "retry", "redo", "append"):
             if getattr(args, name):
                 raise UsageError(f"--{name} needs an --output, whose journal tells what is done")
     if not args.output and output_is_closed():
         raise UsageError("standard output is closed, and --output is missing")
-    for path in args.output:
+    for path in [*args.output, *([args.gallery] if args.gallery else [])]:
         _check_writable(path)
 
 
@@ -377,6 +383,8 @@ def _report(summary: "Summary", settings: "JobSettings", args: argparse.Namespac
         now = f", {summary.captioned} of them now" if summary.captioned < summary.total else ""
         for path in settings.outputs:
             print_line(f"{summary.total} captions in {path}{now}")
+        if settings.gallery:
+            print_line(f"to look at them: {settings.gallery}")
         if summary.seconds >= LONG:
             rate = summary.captioned / summary.seconds
             log_line(f"{summary.captioned} images in {summary.seconds:.0f} s, {rate:.1f} a second")

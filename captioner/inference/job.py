@@ -19,6 +19,7 @@ from captioner.errors import UsageError
 from captioner.files import open_regular
 from captioner.inference.captioner import Captioner
 from captioner.inference.folder import caption_stream
+from captioner.inference.gallery import attention_of, write_gallery
 from captioner.inference.journal import Entry, FileState, Journal
 from captioner.inference.outputs import (
     GROWING,
@@ -51,6 +52,7 @@ class JobSettings:
         csv_safe: As in ``outputs.Format``.
         sidecars: Write a text file beside each image.
         overwrite_sidecars: Even where this tool did not write the one that is there.
+        gallery: A page that shows all images; see ``gallery.write_gallery``.
         batch_size: As in ``caption_stream``.
         workers: As in ``caption_stream``.
         quiet: Show no progress, and no warnings of single images.
@@ -64,6 +66,7 @@ class JobSettings:
     csv_safe: bool = False
     sidecars: bool = False
     overwrite_sidecars: bool = False
+    gallery: Path | None = None
     batch_size: int = 0
     workers: int = -1
     quiet: bool = False
@@ -326,10 +329,20 @@ class _Job:
         for path in self.whole:
             if self.summary.captioned or not path.exists():
                 write_output(path, self.journal.records(), self.form)
+        page = self.settings.gallery
+        if page and (self.summary.captioned or not page.exists()):
+            self._write_gallery(page)
         states = {path: FileState.of(path) for path in self.settings.outputs}
         self.journal.set_fact(
             "states", {path.name: [state.size, state.time] for path, state in states.items()}
         )
+
+    def _write_gallery(self, page: Path) -> None:
+        attention = None
+        if len(self.captioner.models) == 1:
+            attention = attention_of(self.captioner, **dataclasses.asdict(self.search))
+        title = f"Captions of {self.settings.outputs[0].stem}"
+        write_gallery(page, self.journal.records(), title, attention, self.settings.quiet)
 
 
 def _with_hashes(records: list[Record]) -> list[Record]:

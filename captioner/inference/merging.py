@@ -1,7 +1,6 @@
 """Outputs of several jobs, each over a part of the same images, joined into one."""
 
 import json
-import math
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -9,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from captioner.data.annotations import ImageId
 from captioner.data.listing import Listing
 from captioner.errors import DataError
-from captioner.files import open_regular, parse_json
 from captioner.inference.outputs import (
     GROWING,
     Format,
@@ -20,9 +17,11 @@ from captioner.inference.outputs import (
     failures_path,
     growing_output,
     output_suffix,
+    read_rows,
+    record_of_row,
     write_output,
 )
-from captioner.inference.records import RankedCaption, Record
+from captioner.inference.records import Record
 
 
 @dataclass
@@ -62,10 +61,10 @@ def merge_parts(parts: Sequence[Path], outputs: Sequence[Path], listing: Listing
         )
         columns: dict[str, None] = {}
         for part in parts:
-            for place, row in _rows(part):
+            for place, row in read_rows(part):
                 columns |= dict.fromkeys(row)
                 _add(store, place, row)
-            for place, row in _rows(failures_path(part), may_miss=True):
+            for place, row in read_rows(failures_path(part), of_failures=True):
                 _add(store, place, {"image_id": row.get("file_name"), **row})
         merged = Merged()
         if listing:
@@ -80,23 +79,6 @@ def merge_parts(parts: Sequence[Path], outputs: Sequence[Path], listing: Listing
                 write_output(output, _records(store), form)
         failures_output(outputs[0]).write(_records(store))
     return merged
-
-
-def _rows(path: Path, may_miss: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Walk through a .jsonl: where each row is, and the row."""
-    if may_miss and not path.exists():
-        return
-    try:
-        with open_regular(path) as file:
-            for number, line in enumerate(file, 1):
-                place = f"{path}: line {number}"
-                row = parse_json(line.decode("utf-8", "replace"), place)
-                wanted = ("file_name", "error") if may_miss else ("image_id", "caption")
-                if not isinstance(row, dict) or any(name not in row for name in wanted):
-                    raise DataError(f"{place}: an object with {' and '.join(wanted)} was expected")
-                yield place, row
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror})") from None
 
 
 def _add(store: sqlite3.Connection, place: str, row: dict[str, Any]) -> None:
@@ -134,25 +116,3 @@ def _count(store: sqlite3.Connection, condition: str) -> int:
 def _records(store: sqlite3.Connection) -> Iterator[Record]:
     for (text,) in store.execute("SELECT row FROM images ORDER BY position"):
         yield record_of_row(json.loads(text))
-
-
-def record_of_row(row: dict[str, Any]) -> Record:
-    """Return the record that a row of a ``.jsonl`` output, or of its failures, was made of."""
-    image_id: ImageId = row["image_id"]
-    name = str(row.get("file_name", image_id))
-    if "error" in row:
-        return Record(image_id, name, str(row.get("path", name)), error=str(row["error"]))
-    texts = row.get("captions") or [row["caption"]]
-    first = row.get("log_probability")
-    probabilities = row.get("log_probabilities") or [first] + [None] * (len(texts) - 1)
-    scores = row.get("scores") or probabilities
-    captions = tuple(
-        RankedCaption(text, _number(probability), _number(score))
-        for text, probability, score in zip(texts, probabilities, scores, strict=True)
-    )
-    sizes = int(row.get("width", 0)), int(row.get("height", 0))
-    return Record(image_id, name, name, captions, *sizes, sha256=str(row.get("sha256", "")))
-
-
-def _number(value: float | None) -> float:
-    return -math.inf if value is None else value

@@ -1,4 +1,4 @@
-"""The files that a job's records are written to: growing as they come, or whole at its end."""
+"""The files that a job's records are written to, growing as they come or whole at its end."""
 
 import csv
 import io
@@ -7,16 +7,17 @@ import math
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from captioner.data.annotations import ImageId
 from captioner.data.predictions import FORMULA_STARTS, to_cell, to_json
-from captioner.errors import UsageError
-from captioner.files import atomic_write
-from captioner.inference.records import Record
+from captioner.errors import DataError, UsageError
+from captioner.files import atomic_write, open_regular, parse_json
+from captioner.inference.records import RankedCaption, Record
 
 GROWING, WHOLE = (".jsonl", ".csv"), (".json", ".sqlite")
 FAILURES = ".failures.jsonl"
@@ -219,3 +220,52 @@ def _to_sql(value: Any) -> Any:
     if isinstance(value, list):
         return json.dumps(value, ensure_ascii=False)
     return to_cell(value) if isinstance(value, str) else value
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def read_rows(path: Path, of_failures: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Walk through a ``.jsonl`` output, or a failures file, which may be missing.
+
+    Yields:
+        Where a row is, and the row.
+
+    Raises:
+        DataError: It can't be read, or a row isn't one.
+    """
+    if of_failures and not path.exists():
+        return
+    try:
+        with open_regular(path) as file:
+            for number, line in enumerate(file, 1):
+                place = f"{path}: line {number}"
+                row = parse_json(line.decode("utf-8", "replace"), place)
+                wanted = ("file_name", "error") if of_failures else ("image_id", "caption")
+                if not isinstance(row, dict) or any(name not in row for name in wanted):
+                    raise DataError(f"{place}: an object with {' and '.join(wanted)} was expected")
+                yield place, row
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})") from None
+
+
+def record_of_row(row: dict[str, Any]) -> Record:
+    """Return the record that a row of a ``.jsonl`` output, or of its failures, was made of."""
+    image_id: ImageId = row["image_id"]
+    name = str(row.get("file_name", image_id))
+    if "error" in row:
+        return Record(image_id, name, str(row.get("path", name)), error=str(row["error"]))
+    texts = row.get("captions") or [row["caption"]]
+    first = row.get("log_probability")
+    probabilities = row.get("log_probabilities") or [first] + [None] * (len(texts) - 1)
+    scores = row.get("scores") or probabilities
+    captions = tuple(
+        RankedCaption(text, _number(probability), _number(score))
+        for text, probability, score in zip(texts, probabilities, scores, strict=True)
+    )
+    sizes = int(row.get("width", 0)), int(row.get("height", 0))
+    return Record(image_id, name, name, captions, *sizes, sha256=str(row.get("sha256", "")))
+
+
+def _number(value: float | None) -> float:
+    return -math.inf if value is None else value
