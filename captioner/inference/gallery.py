@@ -38,7 +38,7 @@ class AttentionMaps:
     Attributes:
         words: The caption's words, and ``END`` for its end.
         size: Rows and columns of a map.
-        maps: For each word its map, row by row: 0 to 255, where 255 is the map's largest value.
+        maps: For each word its map, row by row: from 0, its smallest value, to 255, its largest.
     """
 
     words: list[str]
@@ -53,7 +53,8 @@ class AttentionMaps:
         if caption.attention is None:
             return None
         maps = caption.attention.float()  # (T, H, W)
-        scaled = 255 * maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-9)
+        least, most = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+        scaled = 255 * (1 - (most - maps) / (most - least).clamp(min=1e-9))
         words = [*caption.text.split(), cls.END][: len(maps)]
         height, width = maps.shape[1:]
         return cls(words, (height, width), scaled.flatten(1).round().int().tolist())
@@ -189,7 +190,7 @@ def _write_thumbnail(folder: Path, record: Record) -> None:
 def _write_maps(folder: Path, key: str, maps: AttentionMaps) -> None:
     content = _json({"words": maps.words, "size": maps.size, "maps": maps.maps})
     with atomic_write(folder / f"{key}.js") as file:
-        file.write(f'attention("{key}", {content});\n')
+        file.write(f'bringAttention("{key}", {content});\n')
 
 
 def _json(value: object) -> str:

@@ -246,8 +246,8 @@ class _Job:
                 self._keep(records)
                 bar.update(len(records), self._note())
                 signals.raise_if_received()
-        self._finish()
         self.summary.seconds = time.monotonic() - started
+        self._finish()
 
     def _todo(self) -> Iterator[ImageFile]:
         """Walk through the images that are to be captioned, and compare the others."""
