@@ -63,7 +63,7 @@ def huge() -> Iterable[HostileFile]:
     yield HostileFile("huge.gif", encoded(large, "GIF"), LIME)
     content = encoded(picture(RED, 5000, 5000), "TIFF", compression="tiff_lzw")
     yield HostileFile("huge.tif", content, RED)
-    yield HostileFile("huge.heic", encoded(picture(BLUE, 4000, 3000), "HEIF"), BLUE)
+    yield HostileFile("huge.heic", encoded(picture(BLUE, 2400, 1800), "HEIF"), BLUE)
     zeros = bytes(30_000 * (30_000 // 8 + 1))
     yield HostileFile("bomb.png", png_file(30_000, 30_000, 1, 0, zeros), reason=bomb)
     yield HostileFile("bomb of 80 MP.png", png_file(9000, 9000, 1, 0, zeros), reason=many)
@@ -85,7 +85,7 @@ def huge() -> Iterable[HostileFile]:
 
 def lying_headers() -> Iterable[HostileFile]:
     """Small by their header, large by what is in them; and the other way round."""
-    image = Image.new("RGB", (2048, 2048), "red")
+    image = Image.new("RGB", (1024, 1024), "red")
     heic, jp2 = encoded(image, "HEIF"), encoded(image, "JPEG2000")
     for name, side in (("larger", 64), ("smaller", 7000)):
         of_side = struct.pack(">II", side, side)
@@ -107,7 +107,7 @@ def lying_headers() -> Iterable[HostileFile]:
     plain = encoded(picture(RED), "JPEG")
     lie = replaced(plain, plain.index(b"\xff\xc0") + 5, struct.pack(">HH", 7000, 7000))
     yield HostileFile("smaller than it says.jpg", lie)
-    big = encoded(image, "PNG")
+    big = encoded(Image.new("RGB", (2048, 2048)), "PNG")
     directory = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(big), 22)
     yield HostileFile("larger than it says.ico", directory + big, reason="an icon of 2048 x 2048")
 
@@ -140,7 +140,7 @@ def cut_off() -> Iterable[HostileFile]:
     for suffix, content in contents.items():
         for part in (2, 12, len(content) // 4, len(content) * 3 // 4, len(content) - 40):
             yield HostileFile(f"cut after {part}.{suffix}", content[:part], reason=DAMAGED)
-    for suffix, reason in (("jpg", ""), ("tif", ""), ("png", DAMAGED)):
+    for suffix, reason in (("jpg", ""), ("tif", ""), ("png", DAMAGED), ("lzw.tif", DAMAGED)):
         content = contents[suffix]
         content = replaced(content, len(content) // 2, bytes(200))
         yield HostileFile(f"a hole within.{suffix}", content, reason=reason)
@@ -199,76 +199,17 @@ def foreign() -> Iterable[HostileFile]:
 
 
 def odd_names() -> Iterable[HostileFile]:
+    # fmt: off
     names = (
-        *(
-            "two\nlines",
-            "a return\r",
-            "a tab\t",
-            "\x1b[31mred",
-            "bell\x07",
-            "-rf",
-            "--help",
-            "-",
-            " ",
-        ),
-        *(
-            "'single'",
-            '"double"',
-            "`touch x`",
-            "$(touch x)",
-            "; rm x",
-            "a & b",
-            "*",
-            "?",
-            "[a]",
-            "~",
-        ),
-        *(
-            "{a,b}",
-            "%s%n",
-            "%00",
-            "a\\b",
-            "a:b",
-            "C:",
-            "|",
-            "#",
-            "!",
-            "=1+1",
-            "@sum",
-            "CON",
-            "null",
-        ),
-        *(
-            "😺",
-            "👩‍👩‍👧",
-            "e\u0301",
-            "\u00e9",
-            "Z\u0351\u036b\u0343a\u0328lgo",
-            "\u202egnp",
-            "\u200b",
-            "مرحبا",
-        ),
-        *(
-            "<b>bold<|b>",
-            "<img src=x onerror=alert(1)>",
-            "&amp;",
-            "&lt;script&gt;",
-            "NaN",
-            "0",
-            "true",
-        ),
-        *(
-            "a" * 246,
-            "é" * 123,
-            " leading",
-            "trailing ",
-            "x.jpg",
-            "x..",
-            "\ufeffmark",
-            "猫",
-            "\u2028",
-        ),
+        "two\nlines", "a return\r", "a tab\t", "\x1b[31mred", "bell\x07", "-rf", "--help", "-", " ",
+        "'single'", '"double"', "`touch x`", "$(touch x)", "; rm x", "a & b", "*", "?", "[a]", "~",
+        "{a,b}", "%s%n", "%00", "a\\b", "a:b", "C:", "|", "#", "!", "=1+1", "@sum", "CON", "null",
+        "😺", "👩‍👩‍👧", "e\u0301", "\u00e9", "Z\u0351\u036b\u0343a\u0328lgo", "\u202egnp", "\u200b",
+        "<b>bold<|b>", "<img src=x onerror=alert(1)>", "&amp;", "&lt;script&gt;", "NaN", "0",
+        "a" * 246, "é" * 123, " leading", "trailing ", "x.jpg", "x..", "\ufeffmark", "猫", "\u2028",
+        "true", "مرحبا",
     )
+    # fmt: on
     content = encoded(picture(YELLOW), "PNG")
     for name in names:
         yield HostileFile(f"{name}.png", content, YELLOW)

@@ -17,14 +17,15 @@ from captioner.errors import ImageError
 from captioner.models.checkpoint import save_checkpoint
 from captioner.progress import printable
 
-MOST_MEMORY = 1200  # MiB; readers together hold 1 GiB of large images
+MOST_MEMORY = 700  # MiB; about 370 is usual
+# What else may be printed: by libtiff, which tells what it finds, and of a job of some seconds.
+OTHER_LINES = r"(\w+Decode|TIFF\w+|tempfile\.tif|captioning): |\d+ images in \d+ s"
 # The command, and what its process took at most: before it began, and in all.
 COMMAND = """
 import sys
-import torch
 from pathlib import Path
 from captioner.commands import main
-from captioner.inference import job
+from captioner.inference import job  # and all that it needs, such as torch
 
 def print_peak():
     if sys.platform == "linux":
@@ -131,7 +132,7 @@ def check_lines(outcome: Outcome, folder: Path) -> None:
     *warnings, last = outcome.lines
     errors = {f"warning: {printable(error)}" for error in outcome.failures.values()}
     assert len(set(warnings) & errors) == 20
-    others = [line for line in warnings if line not in errors]
+    others = [line for line in warnings if line not in errors and not re.match(OTHER_LINES, line)]
     assert len(others) == 1, others
     assert "further failures are in " in others[0]
     count = len(outcome.failures)
