@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import math
 import os
@@ -27,12 +28,14 @@ from captioner.files import open_regular
 # JPEG includes MPO, several JPEGs in one file.
 FORMATS = (
     *("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "AVIF"),
+    "HEIF",  # by pillow-heif, where that is installed
     "TGA",  # last: it has no mark to be known by
 )
 IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".ico", ".tga"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".ico", ".tga", ".heic", ".heif"),
 }
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 # What an image may be: a path, the content of a file, an open binary file, or Pillow's image.
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
@@ -50,7 +53,7 @@ USUAL_SCANS = 16
 EXACT_PIXELS = 16_000_000
 STRIP_PIXELS = 1 << 20  # converted at a time
 # Bytes a pixel, as measured, that decoding takes at its peak, and converting and turning after it.
-DECODER_BYTES = {"WEBP": 16, "AVIF": 10, "JPEG2000": 20, "TIFF": 12}
+DECODER_BYTES = {"WEBP": 16, "AVIF": 10, "JPEG2000": 20, "TIFF": 12, "HEIF": 10}
 OTHER_DECODER_BYTES, CONVERSION_BYTES = 4, 8
 TILE_WIDTH, TILE_LENGTH = 322, 323  # of TIFF
 QUARTER_TURNS = range(5, 9)  # orientations of EXIF that exchange width and height
@@ -174,8 +177,11 @@ def _open_file(file: BinaryIO) -> Image.Image:
     if file.seek(0, os.SEEK_END) > MOST_BYTES_OF_PIXEL * max_pixels():  # some are read as a whole
         raise ValueError(f"a file of {file.tell() / 1e9:.1f} GB")
     file.seek(0)
-    if file.read(4) == b"\0\0\1\0":
+    start = file.read(12)
+    if start[:4] == b"\0\0\1\0":
         _check_icon(file)
+    if start[4:8] == b"ftyp" and start[8:] in HEIF_BRANDS and "HEIF" not in _formats():
+        raise ValueError("for HEIC: pip install 'captioner[heic]'")
     image = Image.open(file, formats=_formats())
     if image.format != "MPO":
         return image
@@ -185,8 +191,10 @@ def _open_file(file: BinaryIO) -> Image.Image:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Return the formats that this Pillow reads: some are missing from older ones."""
+    """Return the formats that are read here: some are missing from older Pillows."""
     Image.init()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener(thumbnails=False)
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
