@@ -131,10 +131,14 @@ def write_gallery(
     if len(images) > MANY_IMAGES:
         log_line(f"warning: {page} shows {len(images)} images; browsers are slow with so many")
     data = {"images": images, "failures": failures, "folder": urllib.parse.quote(folder.name)}
+    _write_page(page, title, data)
+    return len(images)
+
+
+def _write_page(page: Path, title: str, data: dict[str, Any]) -> None:
     text = _template().render(title=title, data=_json(data), nonce=secrets.token_hex(8))
     with atomic_write(page) as file:
         file.write(text)
-    return len(images)
 
 
 def _in_batches(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -21,6 +21,7 @@ from captioner.inference.captioner import Captioner
 from captioner.inference.folder import caption_stream
 from captioner.inference.gallery import attention_of, write_gallery
 from captioner.inference.journal import Entry, FileState, Journal
+from captioner.inference.metadata import Metadata
 from captioner.inference.outputs import (
     GROWING,
     Format,
@@ -35,6 +36,7 @@ from captioner.progress import Progress, log_line
 from captioner.stopping import StopSignals
 
 JOURNAL = ".journal"
+IN_PLACE = Path("in-place")
 MOST_WARNINGS = 20  # printed; all are in the failures file
 
 
@@ -51,7 +53,9 @@ class JobSettings:
             the SHA-256 of each.
         csv_safe: As in ``outputs.Format``.
         sidecars: Write a text file beside each image.
-        overwrite_sidecars: Even where this tool did not write the one that is there.
+        metadata: Write the caption into each image's own metadata: into copies in this folder, or,
+            for ``IN_PLACE``, into the images themselves.
+        overwrite: Overwrite text files and descriptions that this tool did not write.
         gallery: A page that shows all images; see ``gallery.write_gallery``.
         batch_size: As in ``caption_stream``.
         workers: As in ``caption_stream``.
@@ -65,7 +69,8 @@ class JobSettings:
     has_hash: bool = False
     csv_safe: bool = False
     sidecars: bool = False
-    overwrite_sidecars: bool = False
+    metadata: Path | None = None
+    overwrite: bool = False
     gallery: Path | None = None
     batch_size: int = 0
     workers: int = -1
@@ -85,6 +90,7 @@ class Summary:
         empty: The names of some images whose captions are empty.
         empty_count: How many there are.
         sidecars_left: Text files that were left as they were.
+        metadata_left: Images whose metadata was.
     """
 
     captioned: int = 0
@@ -95,6 +101,7 @@ class Summary:
     empty: list[str] = field(default_factory=list)
     empty_count: int = 0
     sidecars_left: int = 0
+    metadata_left: int = 0
 
     def add(self, records: Iterable[Record]) -> None:
         """Count a batch."""
@@ -177,7 +184,11 @@ class _Job:
         self.growing = [growing_output(path, form) for path in paths]
         self.growing.append(failures_output(settings.outputs[0]))
         self.whole = [path for path in settings.outputs if path not in paths]
-        self.sidecars = Sidecars(journal, settings.overwrite_sidecars)
+        self.sidecars = Sidecars(journal, settings.overwrite)
+        self.metadata = None
+        if settings.metadata:
+            copies = None if settings.metadata == IN_PLACE else settings.metadata
+            self.metadata = Metadata(copies, settings.overwrite)
         self.summary = Summary()
 
     # --- before -------------------------------------------------------------------------------
@@ -232,6 +243,8 @@ class _Job:
         started, settings = time.monotonic(), self.settings
         if settings.sidecars:
             self.sidecars.write_missing()
+        while self.metadata and (records := self.journal.records_without("described")):
+            self._describe(records)
         self.journal.set_fact("whole", [path.name for path in self.whole])
         done = sum(self.journal.counts())
         with (
@@ -290,10 +303,16 @@ class _Job:
         self.journal.commit(records, self._ends())
         if self.settings.sidecars:
             self.sidecars.write(records)
+        if self.metadata:
+            self._describe([record for record in records if not record.error])
         self.summary.add(records)
         for record in records:
             if record.error:
                 self._warn(record)
+
+    def _describe(self, records: list[Record]) -> None:
+        if self.metadata:
+            self.journal.keep_described(records, self.metadata.write(records))
 
     def _warn(self, record: Record) -> None:
         self.summary.failed += 1
@@ -319,6 +338,7 @@ class _Job:
         self.summary.total, self.summary.failed = self.journal.counts()
         self.summary.failed_names = self.journal.failed_names()
         self.summary.sidecars_left = self.sidecars.left
+        self.summary.metadata_left = self.metadata.left if self.metadata else 0
         if not self.summary.total:
             return
         if not self.journal.fact("in_order", True):

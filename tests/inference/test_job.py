@@ -306,7 +306,7 @@ def test_text_files_beside_images(checkpoint, folder, tmp_path, capsys):
     assert run_caption(checkpoint, folder, output, *words) == 0
     assert (folder / "00_red_disc.txt").read_text() == "a red\n"
     assert (folder / "04_blue_disc.txt").read_text() == "changed by hand"
-    assert run_caption(checkpoint, folder, output, *words, "--overwrite-sidecars") == 0
+    assert run_caption(checkpoint, folder, output, *words, "--overwrite") == 0
     assert by_hand.read_text() == "a bright\n"
 
 
