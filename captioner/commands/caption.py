@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,10 @@ from captioner.progress import LONG, log_line, print_line
 from captioner.stopping import Stopped
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help must not wait for it
-    from captioner.data.listing import Listing
+    from captioner.data.listing import ImageFile, Listing
     from captioner.inference.captioner import Captioner
     from captioner.inference.job import JobSettings, Summary
+    from captioner.inference.records import Record
 
 
 def _take_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -73,7 +74,7 @@ def _check_usage(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise UsageError(f"--output: {name_some(args.output)}: two of these have the same name")
     if not args.output:
-        for name in ("sidecars", "metadata", "gallery", "hash", "retry", "redo", "append"):
+        for name in ("sidecars", "metadata", "gallery", "ray", "hash", "retry", "redo", "append"):
             if getattr(args, name):
                 raise UsageError(f"--{name} needs an --output, whose journal tells what is done")
     if args.hash and str(args.metadata) == "in-place":
@@ -134,8 +135,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     settings = _job_settings(args)
     signature = _signature(checkpoints, captioner, search, args)
+    stream = None
+    if args.ray:
+        from captioner.inference.ray_stream import ray_stream
+
+        def stream(images: "Iterable[ImageFile]") -> "Iterator[list[Record]]":
+            sizes = args.batch_size, max(0, args.workers)
+            return ray_stream(checkpoints, images, search, *sizes, args.precision)
+
     try:
-        summary = run_job(captioner, listing, search, settings, signature)
+        summary = run_job(captioner, listing, search, settings, signature, stream)
     except Stopped as stopped:
         cause = "Ctrl-C" if stopped.signal == signal.SIGINT else stopped.signal.name
         log_line(f"stopped by {cause}: what is done is kept; the same command goes on from here")

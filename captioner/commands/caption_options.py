@@ -185,6 +185,12 @@ def _add_machine_settings(parser: argparse.ArgumentParser) -> None:
         default=-1,
         help="processes (GPU) or threads (CPU) that read images; -1 is one a core",
     )
+    parser.add_argument(
+        "--ray",
+        action="store_true",
+        help="spread the work over a Ray cluster (RAY_ADDRESS), or over this machine's cores; "
+        "--workers is then how many processes, each with a model",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
         "--precision",

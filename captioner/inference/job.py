@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,9 @@ from captioner.inference.records import Record
 from captioner.inference.sidecars import Sidecars
 from captioner.progress import Progress, log_line
 from captioner.stopping import StopSignals
+
+# Captions images in order, batch by batch.
+Stream = Callable[[Iterable[ImageFile]], Iterator[list[Record]]]
 
 JOURNAL = ".journal"
 IN_PLACE = Path("in-place")
@@ -123,6 +126,7 @@ def run_job(
     search: SearchConfig,
     settings: JobSettings,
     signature: Mapping[str, Any],
+    stream: Stream | None = None,
 ) -> Summary:
     """Caption a listing's images into files; go on where an earlier run ended.
 
@@ -132,6 +136,7 @@ def run_job(
         search: How.
         settings: What becomes of the captions.
         signature: What must be the same when the job goes on, by the names that a user knows.
+        stream: What captions the images, instead of ``caption_stream`` in this process.
 
     Raises:
         Stopped: By Ctrl-C or SIGTERM, after the batch in flight; what was captioned is kept.
@@ -145,7 +150,7 @@ def run_job(
     try:
         with StopSignals() as signals, Journal(path) as journal:
             signals.deferred = True
-            job = _Job(captioner, listing, search, settings, journal)
+            job = _Job(captioner, listing, search, settings, journal, stream)
             try:
                 job.prepare({**signature, "inputs": f"{listing.key} {listing.shard or ''}".strip()})
                 job.run(signals)
@@ -175,9 +180,10 @@ class _Job:
         search: SearchConfig,
         settings: JobSettings,
         journal: Journal,
+        stream: Stream | None,
     ) -> None:
         self.captioner, self.listing, self.search = captioner, listing, search
-        self.settings, self.journal = settings, journal
+        self.settings, self.journal, self.stream = settings, journal, stream or self._caption
         form = Format(max(search.n_best, 1), settings.has_hash, settings.csv_safe)
         self.form = form
         paths = [path for path in settings.outputs if output_suffix(path) in GROWING]
@@ -251,16 +257,16 @@ class _Job:
             Progress("captioning", None, "image", hidden=settings.quiet) as bar,
             Counter(self.listing, lambda count: bar.set_total(max(0, count - done))),
         ):
-            stream = caption_stream(
-                *(self.captioner, self._todo(), self.search, settings.batch_size),
-                settings.workers,
-            )
-            for records in stream:
+            for records in self.stream(self._todo()):
                 self._keep(records)
                 bar.update(len(records), self._note())
                 signals.raise_if_received()
         self.summary.seconds = time.monotonic() - started
         self._finish()
+
+    def _caption(self, images: Iterable[ImageFile]) -> Iterator[list[Record]]:
+        size, workers = self.settings.batch_size, self.settings.workers
+        return caption_stream(self.captioner, images, self.search, size, workers)
 
     def _todo(self) -> Iterator[ImageFile]:
         """Walk through the images that are to be captioned, and compare the others."""

@@ -157,7 +157,7 @@ class Journal:
         rows = self._run(
             "SELECT record FROM images WHERE failed ORDER BY position, number LIMIT ?", count
         )
-        return [_from_json(text).name for (text,) in rows]
+        return [record_from_json(text).name for (text,) in rows]
 
     def entry(self, image: ImageFile) -> Entry | None:
         """Return what is known of an image, or None while it isn't captioned."""
@@ -201,7 +201,7 @@ class Journal:
                 "turn = excluded.turn, failed = excluded.failed, record = excluded.record, "
                 "sidecar = NULL, described = NULL",
                 *(key, position, state.size, state.time, turn, bool(record.error)),
-                _to_json(record),
+                record_to_json(record),
             )
         self.set_fact("turn", turn)
         self.set_fact("ends", ends)
@@ -212,7 +212,7 @@ class Journal:
         rows = self._run(
             "SELECT record FROM images WHERE record NOT NULL ORDER BY position, number"
         )
-        return (_from_json(text) for (text,) in rows)
+        return (record_from_json(text) for (text,) in rows)
 
     def forget_records(self) -> None:
         """Have all images captioned again, and the outputs begin anew."""
@@ -241,7 +241,7 @@ class Journal:
             "ORDER BY position, number LIMIT ?",
             count,
         )
-        return [_from_json(text) for (text,) in rows]
+        return [record_from_json(text) for (text,) in rows]
 
     def keep_described(self, records: Iterable[Record], described: Iterable[Record]) -> None:
         """Note images whose metadata was dealt with, and the state of those that have it now."""
@@ -277,7 +277,8 @@ def key_of(image_id: ImageId) -> str:
     return json.dumps(image_id)  # of any text: names that aren't UTF-8 become escapes
 
 
-def _to_json(record: Record) -> str:
+def record_to_json(record: Record) -> str:
+    """Return a record as JSON, in ASCII."""
     content = asdict(record)
     for caption in content["captions"]:
         for name in ("log_probability", "score"):
@@ -285,7 +286,8 @@ def _to_json(record: Record) -> str:
     return json.dumps(content)
 
 
-def _from_json(text: str) -> Record:
+def record_from_json(text: str) -> Record:
+    """Return the record that ``record_to_json`` was given."""
     content = json.loads(text)
     captions = []
     for caption in content.pop("captions"):
