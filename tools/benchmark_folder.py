@@ -81,8 +81,9 @@ def _make_folder(folder: Path, image: Path, count: int) -> Path:
 
 
 def _start(checkpoint: Path, folder: Path, output: Path) -> subprocess.Popen[bytes]:
-    code = "import sys; from captioner.commands.caption import main; sys.exit(main())"
-    words = [sys.executable, "-c", code, str(checkpoint), str(folder), "--output", str(output)]
+    code = "import sys; from captioner.commands import main; sys.exit(main())"
+    words = [sys.executable, "-c", code, "caption"]
+    words += [str(checkpoint), str(folder), "--output", str(output)]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -50,18 +50,9 @@ def ray_stream(
     Raises:
         UsageError: Ray is missing.
     """
-    try:
-        import ray  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    except ImportError:
-        raise UsageError("--ray needs Ray Data: pip install 'captioner[ray]'") from None
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)  # RAY_ADDRESS names a cluster; else this machine is one
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    available = ray.cluster_resources()
-    gpus = int(available.get("GPU", 0))
-    workers = workers or gpus or max(1, int(available.get("CPU", 1)))
-    share = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+    ray = _ray()
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    workers = workers or gpus or max(1, int(ray.cluster_resources().get("CPU", 1)))
     paths = [os.path.abspath(path) for path in checkpoints]
     rows = (
         {"images": json.dumps([(i.image_id, i.name, str(i.path)) for i in batch])}
@@ -75,10 +66,24 @@ def ray_stream(
             concurrency=min(workers, len(piece)),
             max_restarts=-1,
             max_task_retries=-1,
-            **share,
+            **({"num_gpus": 1} if gpus else {"num_cpus": 1}),
         )
         for row in data.iter_rows():
             yield [record_from_json(text) for text in json.loads(row["records"])]
+
+
+def _ray() -> Any:
+    """Return the ``ray`` package, joined to a cluster: RAY_ADDRESS, else this machine as one."""
+    try:
+        import ray  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError:
+        raise UsageError("--ray needs Ray Data: pip install 'captioner[ray]'") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    return ray
 
 
 class _Worker:

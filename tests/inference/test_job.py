@@ -340,5 +340,7 @@ def test_quiet_says_what_went_wrong_alone(checkpoint, folder, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     (folder / "bad.png").write_text("")
     assert run_caption(checkpoint, folder, output, "--quiet") == 3
-    expected = f"1 of 9 images could not be captioned; reasons in {output}.failures.jsonl\n"
+    expected = (
+        f"1 of 9 images could not be captioned: bad.png; reasons in {output}.failures.jsonl\n"
+    )
     assert capsys.readouterr() == ("", expected)
