@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -71,6 +72,7 @@ def command(main: Main) -> Main:
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         _prepare_streams()
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged and large files: lines more
         try:
             try:
                 return main(argv)

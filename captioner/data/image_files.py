@@ -1,7 +1,6 @@
-"""Image files: which are read, how large they may be, and how each becomes upright RGB."""
+"""Image files: how large they may be, and how each becomes upright RGB."""
 
 import contextlib
-import functools
 import importlib
 import io
 import math
@@ -11,31 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, cast
 
 import numpy as np
-from PIL import (
-    ExifTags,
-    IcoImagePlugin,
-    Image,
-    ImageOps,
-    JpegImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, TiffImagePlugin
 
+from captioner.data.image_formats import open_image, pixels_of_png
 from captioner.errors import ConfigError, ImageError
 from captioner.files import open_regular
-
-# Pillow's names of the formats that are read. It knows 40 more, some of which run other programs.
-# JPEG includes MPO, several JPEGs in one file.
-FORMATS = (
-    *("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "AVIF"),
-    "HEIF",  # by pillow-heif, where that is installed
-    "TGA",  # last: it has no mark to be known by
-)
-IMAGE_SUFFIXES = {
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".ico", ".tga", ".heic", ".heif"),
-}
-HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 # What an image may be: a path, the content of a file, an open binary file, or Pillow's image.
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
@@ -46,14 +25,13 @@ UNNAMED = "the image given"  # what messages call an image without a name
 MAX_MEGAPIXELS_VARIABLE = "CAPTIONER_MAX_MEGAPIXELS"
 MAX_MEGAPIXELS = 64.0
 MOST_BYTES_OF_PIXEL = 16  # in a file
-MOST_ICON_PIXELS = 1 << 20
 # Each scan of a progressive JPEG is another pass over all its pixels; encoders write about 10.
 USUAL_SCANS = 16
 # Larger images, if they will be scaled down anyway, are so by a whole number first.
 EXACT_PIXELS = 16_000_000
 STRIP_PIXELS = 1 << 20  # converted at a time
 # Bytes a pixel, as measured, that decoding takes at its peak, and converting and turning after it.
-DECODER_BYTES = {"WEBP": 16, "AVIF": 10, "JPEG2000": 20, "TIFF": 12, "HEIF": 10}
+DECODER_BYTES = {"WEBP": 16, "AVIF": 10, "HEIF": 12, "JPEG2000": 20, "TIFF": 12}
 OTHER_DECODER_BYTES, CONVERSION_BYTES = 4, 8
 TILE_WIDTH, TILE_LENGTH = 322, 323  # of TIFF
 QUARTER_TURNS = range(5, 9)  # orientations of EXIF that exchange width and height
@@ -87,14 +65,24 @@ def load_image(
     """
     name = name or _name(source)
     with _errors_named(name), _opened(source) as image:
-        original_size = image.size
-        if least:
-            image.draft(None, (least, least))
-        size = _check_size(image, name, least)
-        if reserve:
-            reserve(size)
-        rgb = to_rgb(image, least)
-        is_turned = _orientation(image) in QUARTER_TURNS
+        try:
+            return _decode(image, least, reserve, name)
+        except (ValueError, SyntaxError):
+            file = getattr(image, "fp", None)
+            if image.format != "PNG" or not file:
+                raise
+            return _decode(open_image(pixels_of_png(file)), least, reserve, name)
+
+
+def _decode(image: Image.Image, least: int, reserve: Reserve | None, name: str) -> Image.Image:
+    original_size = image.size
+    if least and isinstance(image, JpegImagePlugin.JpegImageFile):  # others give thumbnails
+        image.draft(None, (least, least))
+    size = _check_size(image, name, least)
+    if reserve:
+        reserve(size)
+    rgb = to_rgb(image, least)
+    is_turned = _orientation(image) in QUARTER_TURNS
     rgb.info["original_size"] = original_size[::-1] if is_turned else original_size
     return rgb
 
@@ -108,8 +96,6 @@ def _errors_named(name: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{name}: not a readable image (no known format)") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: more pixels than Pillow reads; scale it down") from None
     # Pillow's decoders raise almost anything on damaged files, and one of them must not end a
@@ -121,9 +107,11 @@ def _errors_named(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: not a readable image ({reason.splitlines()[0]})") from None
 
 
-def load_thumbnail(source: ImageSource, size: int = 256) -> Image.Image:
+def load_thumbnail(
+    source: ImageSource, size: int = 256, reserve: Reserve | None = None
+) -> Image.Image:
     """Return an image, as ``load_image`` reads it, with neither side longer than ``size``."""
-    image = load_image(source, size)
+    image = load_image(source, size, reserve)
     image.thumbnail((size, size))
     return image
 
@@ -193,26 +181,7 @@ def _read_remote(address: str) -> BinaryIO:
 def _open_file(file: BinaryIO) -> Image.Image:
     if file.seek(0, os.SEEK_END) > MOST_BYTES_OF_PIXEL * max_pixels():  # some are read as a whole
         raise ValueError(f"a file of {file.tell() / 1e9:.1f} GB")
-    file.seek(0)
-    start = file.read(12)
-    if start[:4] == b"\0\0\1\0":
-        _check_icon(file)
-    if start[4:8] == b"ftyp" and start[8:] in HEIF_BRANDS and "HEIF" not in _formats():
-        raise ValueError("for HEIC: pip install 'captioner[heic]'")
-    image = Image.open(file, formats=_formats())
-    if image.format != "MPO":
-        return image
-    file.seek(0)
-    return JpegImagePlugin.JpegImageFile(file)  # the first of its images
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Return the formats that are read here: some are missing from older Pillows."""
-    Image.init()
-    with contextlib.suppress(ImportError):
-        importlib.import_module("pillow_heif").register_heif_opener(thumbnails=False)
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return open_image(file)
 
 
 def _name(source: ImageSource) -> str:
@@ -223,17 +192,6 @@ def _name(source: ImageSource) -> str:
 
 
 # --- limits -----------------------------------------------------------------------------------
-
-
-def _check_icon(file: BinaryIO) -> None:
-    """Refuse a file that calls itself an icon and holds a large image: opening decodes it."""
-    file.seek(0)
-    file.seek(IcoImagePlugin.IcoFile(file).entry[0].offset)
-    header = file.read(24)
-    is_png = header.startswith(b"\x89PNG")
-    width, height = struct.unpack(*((">II", header[16:]) if is_png else ("<ii", header[4:12])))
-    if width * abs(height) > MOST_ICON_PIXELS:
-        raise ValueError(f"an icon of {width} x {abs(height)} pixels")
 
 
 def _check_size(image: Image.Image, name: str, least: int) -> int:
@@ -307,7 +265,12 @@ def to_rgb(image: Image.Image, least: int = 0) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return what an image's EXIF says of its orientation, 1 to 8; 0 where it says nothing."""
+    """Return what an image's EXIF says of its orientation, 1 to 8; 0 where it says nothing.
+
+    HEIF is turned by its decoder, whatever its EXIF says.
+    """
+    if image.format == "HEIF":
+        return 0
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     # Damaged EXIF raises almost anything, and is no reason to lose the picture.
@@ -327,9 +290,7 @@ def _convert(image: Image.Image, factor: int) -> Image.Image:
 
     Strip by strip: conversions take up to 16 bytes a pixel in between.
     """
-    grey_range = (0.0, 65535.0)
-    if image.mode == "F":  # no fixed range: stretch the one that is used
-        grey_range = cast("tuple[float, float]", image.getextrema())
+    grey_range = _grey_range(image)
     width, height = image.size
     rows = factor * max(1, STRIP_PIXELS // (width * factor))
     if rows >= height and factor == 1:
@@ -342,13 +303,34 @@ def _convert(image: Image.Image, factor: int) -> Image.Image:
     return rgb
 
 
+def _grey_range(image: Image.Image) -> tuple[float, float]:
+    """Return which values of more than 8 bits become black and white.
+
+    Fractions have no fixed range, so the one that is used is stretched, and so is that of integers
+    that don't fit into 16 bits. What is no finite number counts as nothing.
+    """
+    lowest, highest = 0.0, 65535.0
+    if image.mode == "I":
+        least, most = cast("tuple[int, int]", image.getextrema())
+        if least < lowest or most > highest:
+            lowest, highest = least, most
+    if image.mode == "F":
+        values = np.asarray(image)
+        finite = np.isfinite(values)
+        lowest = float(values.min(where=finite, initial=np.inf))
+        highest = float(values.max(where=finite, initial=-np.inf))
+    return (lowest, highest) if lowest <= highest else (0.0, 1.0)  # without any number
+
+
 def _convert_strip(image: Image.Image, lowest: float, highest: float) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own conversion would clip 16-bit grey to white.
-        values = np.asarray(image, dtype=np.float64) - lowest
-        values = values * (65535 / (highest - lowest or 1.0)) / 257
-        image = Image.fromarray(np.nan_to_num(values).clip(0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        values = np.asarray(image, dtype=np.float64)
+        grey = np.nan_to_num((values - lowest) * (65535 / (highest - lowest or 1.0)) / 257)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            grey[values == transparent] = 255
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")  # a copy

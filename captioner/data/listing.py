@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from captioner.data.annotations import ImageId, read_annotations
-from captioner.data.image_files import IMAGE_SUFFIXES, is_remote
+from captioner.data.image_files import is_remote
+from captioner.data.image_formats import IMAGE_SUFFIXES
 from captioner.errors import DataError, UsageError, name_some
 from captioner.files import open_regular
 from captioner.progress import log_line

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 
-from captioner.data.image_files import IMAGE_SUFFIXES
+from captioner.data.image_formats import IMAGE_SUFFIXES
 
 Name = int | str
 

@@ -19,7 +19,8 @@ import torch
 from PIL import EpsImagePlugin, Image, features
 
 from captioner.data import image_files
-from captioner.data.image_files import FORMATS, load_image, load_thumbnail, max_pixels, to_rgb
+from captioner.data.image_files import load_image, load_thumbnail, max_pixels, to_rgb
+from captioner.data.image_formats import FORMATS
 from captioner.data.images import DecodingMemory, Preprocessing, _ImageFiles, load_pixels
 from captioner.errors import ConfigError, ImageError
 

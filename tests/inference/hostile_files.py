@@ -1,241 +1,312 @@
-"""A folder of files that people's folders hold, and of those that nobody's should."""
+"""Files that folders hold and that readers of images stumble over; ``hostile_files`` makes all."""
 
-import io
 import os
 import socket
 import struct
-import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
+import hostile_images
 import numpy as np
-from conftest import draw
-from PIL import Image, PngImagePlugin
+from hostile_bytes import (
+    BLUE,
+    DAMAGED,
+    LIME,
+    RED,
+    YELLOW,
+    HostileFile,
+    encoded,
+    of_picture,
+    picture,
+    png_file,
+)
+from PIL import Image
 
-RED_DISC, BLUE_SQUARE = "a red disc on white", "a blue square"
-ANY = "any caption"
-
-Made = tuple[str, str]  # caption, reason
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.copy().save(file, kind, **options)  # saving as JPEG leaves settings in an image
-    return file.getvalue()
-
-
-def chunk(name: bytes, content: bytes) -> bytes:
-    whole = name + content
-    return struct.pack(">I", len(content)) + whole + struct.pack(">I", zlib.crc32(whole))
+NO_FORMAT = "no known format"
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says that it is huge."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    content = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(content)
-
-
-def turned(image: Image.Image, orientation: int) -> bytes:
-    """A JPEG that is upright only if its EXIF is heeded."""
-    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # what undoes each
-    changed = image.transpose(Image.Transpose(back[orientation])) if orientation > 1 else image
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(changed, "JPEG", quality=95, exif=exif)
-
-
-def readable() -> dict[str, tuple[bytes, str]]:
-    """Return names, contents and captions of files that hold a picture of a known caption."""
-    disc, square = draw("red", "disc"), draw("blue", "square")
-    clear = draw("red", "disc").convert("RGBA")
-    pixels = np.array(clear)
-    pixels[(pixels[..., :3] == 255).all(-1)] = 0  # what was white is black, and transparent
-    clear = Image.fromarray(pixels)
-    palette = square.convert("P", palette=Image.Palette.ADAPTIVE)
-    wide = draw("blue", "square", 3000, 3000)
-    text = PngImagePlugin.PngInfo()
-    text.add_text("comment", "x" * 200_000, zip=True)
-    files = {
-        "plain.jpg": (encoded(disc, "JPEG", quality=95), RED_DISC),
-        "progressive.jpg": (encoded(disc, "JPEG", quality=95, progressive=True), RED_DISC),
-        "cmyk.jpg": (encoded(disc.convert("CMYK"), "JPEG", quality=95), RED_DISC),
-        "lossless cmyk.tif": (encoded(disc.convert("CMYK"), "TIFF"), RED_DISC),
-        "rgba.png": (encoded(clear, "PNG"), RED_DISC),
-        "rgba.webp": (encoded(clear, "WEBP", lossless=True), RED_DISC),
-        "rgba.tif": (encoded(clear, "TIFF"), RED_DISC),
-        "palette.png": (encoded(palette, "PNG"), BLUE_SQUARE),
-        "palette.gif": (encoded(palette, "GIF"), BLUE_SQUARE),
-        "palette.bmp": (encoded(palette, "BMP"), BLUE_SQUARE),
-        "palette with a transparent colour.png": (
-            encoded(palette, "PNG", transparency=palette.getpixel((0, 0))),
-            BLUE_SQUARE,
-        ),
-        "interlaced.png": (encoded(square, "PNG", interlace=1), BLUE_SQUARE),
-        "much text.png": (encoded(square, "PNG", pnginfo=text), BLUE_SQUARE),
-        "bad colour profile.jpg": (
-            encoded(disc, "JPEG", quality=95, icc_profile=b"no profile"),
-            RED_DISC,
-        ),
-        "bad exif.jpg": (encoded(disc, "JPEG", quality=95, exif=b"Exif\0\0MM\0*junk"), RED_DISC),
-        "animated.gif": (
-            encoded(disc, "GIF", save_all=True, append_images=[square, square]),
-            RED_DISC,
-        ),
-        "animated.webp": (
-            encoded(disc, "WEBP", save_all=True, append_images=[square], lossless=True),
-            RED_DISC,
-        ),
-        "animated.png": (encoded(disc, "PNG", save_all=True, append_images=[square]), RED_DISC),
-        "pages.tif": (encoded(disc, "TIFF", save_all=True, append_images=[square]), RED_DISC),
-        "several.mpo": (b"", ""),
-        "a.bmp": (encoded(disc, "BMP"), RED_DISC),
-        "a.dib": (encoded(disc, "DIB"), RED_DISC),
-        "a.tga": (encoded(disc, "TGA"), RED_DISC),
-        "a.ppm": (encoded(disc, "PPM"), RED_DISC),
-        "a.ico": (encoded(disc, "ICO"), RED_DISC),
-        "a.jp2": (encoded(disc, "JPEG2000"), RED_DISC),
-        "a.avif": (encoded(disc, "AVIF", quality=90), RED_DISC),
-        "a.heic": (encoded(disc, "HEIF", quality=90), RED_DISC),
-        "lzw.tiff": (encoded(disc, "TIFF", compression="tiff_lzw"), RED_DISC),
-        "9 megapixels.jpg": (encoded(wide, "JPEG"), BLUE_SQUARE),
-        "a PNG by another name.jpg": (encoded(disc, "PNG"), RED_DISC),
-        "a JPEG by another name.gif": (encoded(disc, "JPEG", quality=95), RED_DISC),
-        "bytes behind the end.png": (encoded(disc, "PNG") + b"PK\3\4" * 99, RED_DISC),
-    }
-    del files["several.mpo"]
-    for orientation in range(1, 9):
-        files[f"turned {orientation}.jpg"] = turned(disc, orientation), RED_DISC
+def hostile_files() -> list[HostileFile]:
+    """Make all of them; their names differ."""
+    groups = (
+        *(*hostile_images.GROUPS, strips, huge, lying_headers, cut_off, false_names, foreign),
+        *(odd_names, no_regular_files),
+    )
+    files = [file for group in groups for file in group()]
+    assert len({file.name for file in files}) == len(files)
     return files
 
 
-def odd() -> dict[str, bytes]:
-    """Return files of which any caption will do."""
-    disc = draw("red", "disc")
-    grey = np.array(disc.convert("L"))
-    return {
-        "grey.png": encoded(disc.convert("L"), "PNG"),
-        "grey and alpha.png": encoded(disc.convert("LA"), "PNG"),
-        "1 bit.png": encoded(disc.convert("1"), "PNG"),
-        "1 bit.pbm": encoded(disc.convert("1"), "PPM"),
-        "16 bits.png": encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"),
-        "16 bits.tif": encoded(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"),
-        "floats.tif": encoded(Image.fromarray(grey.astype(np.float32) / 255), "TIFF"),
-        "not a number.tif": encoded(Image.fromarray(np.full((20, 20), np.nan, np.float32)), "TIFF"),
-        "1 pixel.png": encoded(Image.new("RGB", (1, 1)), "PNG"),
-        "1 pixel high.png": encoded(Image.new("RGB", (5000, 1), "red"), "PNG"),
-        "1 pixel wide.jpg": encoded(Image.new("RGB", (1, 5000), "red"), "JPEG"),
-        "lab.tif": encoded(Image.new("LAB", (32, 32)), "TIFF"),
-        "ycbcr.tif": encoded(disc.convert("YCbCr"), "TIFF"),
+# --- sizes ------------------------------------------------------------------------------------
+
+
+def strips() -> Iterable[HostileFile]:
+    for width, height in ((1, 1), (1, 5000), (5000, 1), (3, 65535)):
+        image = Image.new("RGB", (width, height), "red")
+        for kind, suffix in (("PNG", "png"), ("JPEG", "jpg"), ("BMP", "bmp")):
+            if kind == "JPEG" and max(width, height) > 65_500:  # the most it can have
+                continue
+            yield HostileFile(f"{width} x {height}.{suffix}", encoded(image, kind), image=image)
+    dot = Image.new("RGB", (1, 1), "red")
+    for kind, suffix in (("GIF", "gif"), ("WEBP", "webp"), ("TIFF", "tif"), ("TGA", "tga")):
+        yield HostileFile(f"1 x 1.{suffix}", encoded(dot, kind), image=dot, difference=6)
+    yield HostileFile("1 x 1.jp2", encoded(dot, "JPEG2000"), image=dot)
+    yield HostileFile("1 x 1.avif", encoded(dot, "AVIF"), image=dot, difference=6)
+
+
+def huge() -> Iterable[HostileFile]:
+    """Some of these are read, in bounded memory; the others are refused before they are decoded."""
+    bomb = "more pixels than Pillow reads"
+    many = "megapixels are too many"
+    yield HostileFile("huge.png", encoded(picture(YELLOW, 7000, 7000), "PNG"), YELLOW)
+    yield HostileFile("huge.jpg", encoded(picture(LIME, 12_000, 9000), "JPEG"), LIME)
+    large = picture(LIME).quantize(8).resize((6000, 4000))
+    yield HostileFile("huge.gif", encoded(large, "GIF"), LIME)
+    content = encoded(picture(RED, 5000, 5000), "TIFF", compression="tiff_lzw")
+    yield HostileFile("huge.tif", content, RED)
+    yield HostileFile("huge.heic", encoded(picture(BLUE, 4000, 3000), "HEIF"), BLUE)
+    zeros = bytes(30_000 * (30_000 // 8 + 1))
+    yield HostileFile("bomb.png", png_file(30_000, 30_000, 1, 0, zeros), reason=bomb)
+    yield HostileFile("bomb of 80 MP.png", png_file(9000, 9000, 1, 0, zeros), reason=many)
+    content = png_file(2**31 - 1, 2**31 - 1, 16, 6, b"")
+    yield HostileFile("bomb, only a header.png", content, reason=bomb)
+    progressive = encoded(Image.new("L", (9000, 9000)), "JPEG", progressive=True)
+    yield HostileFile("bomb, progressive.jpg", progressive, reason=many)
+    small = encoded(picture(RED).quantize(8), "GIF")
+    screen = small.replace(struct.pack("<HH", 96, 64), b"\xff\xff\xff\xff", 1)
+    yield HostileFile("bomb.gif", screen, reason=bomb)
+    webp = b"RIFF\x1a\0\0\0WEBPVP8L\r\0\0\0/" + struct.pack("<I", 16_382 | 16_382 << 14) + bytes(9)
+    yield HostileFile("bomb.webp", webp, reason=bomb)
+    yield HostileFile("bomb.ppm", b"P6 60000 60000 255\n" + bytes(99), reason=bomb)
+    targa = bytes([0, 0, 2, *bytes(9)]) + b"\xff\xff\xff\xff\x18\0"
+    yield HostileFile("bomb.tga", targa, reason=bomb)
+    head = struct.pack("<IiiHHIIiiII", 40, 2**31 - 1, 2**31 - 1, 1, 24, 0, 0, 0, 0, 0, 0)
+    yield HostileFile("bomb.bmp", b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + head, reason=bomb)
+
+
+def lying_headers() -> Iterable[HostileFile]:
+    """Small by their header, large by what is in them; and the other way round."""
+    image = Image.new("RGB", (2048, 2048), "red")
+    heic, jp2 = encoded(image, "HEIF"), encoded(image, "JPEG2000")
+    for name, side in (("larger", 64), ("smaller", 7000)):
+        of_side = struct.pack(">II", side, side)
+        lie = replaced(heic, heic.index(b"ispe") + 8, of_side)
+        yield HostileFile(f"{name} than it says.heic", lie, reason=DAMAGED)
+        lie = replaced(jp2, jp2.index(b"ihdr") + 4, of_side)
+        yield HostileFile(f"{name} than it says.jp2", lie, reason=DAMAGED)
+    lie = replaced(heic, heic.index(b"ispe") + 8, struct.pack(">II", 30_000, 30_000))
+    yield HostileFile("bomb.heic", lie, reason="900.0 megapixels are too many")
+    image_and_tile = struct.pack(">IIIIII", 60_000, 60_000, 0, 0, 60_000, 60_000)
+    lie = replaced(jp2, jp2.index(b"\xff\x51") + 6, image_and_tile)
+    yield HostileFile("bomb.jp2", lie, reason=DAMAGED)
+    avif = encoded(picture(RED), "AVIF")  # these are scaled to what they say
+    for name, side in (("larger", 16), ("smaller", 3000)):
+        lie = replaced(avif, avif.index(b"ispe") + 8, struct.pack(">II", side, side))
+        yield HostileFile(f"{name} than it says.avif", lie)
+    lie = replaced(avif, avif.index(b"ispe") + 8, struct.pack(">II", 30_000, 30_000))
+    yield HostileFile("bomb.avif", lie, reason="a damaged AVIF file")
+    plain = encoded(picture(RED), "JPEG")
+    lie = replaced(plain, plain.index(b"\xff\xc0") + 5, struct.pack(">HH", 7000, 7000))
+    yield HostileFile("smaller than it says.jpg", lie)
+    big = encoded(image, "PNG")
+    directory = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(big), 22)
+    yield HostileFile("larger than it says.ico", directory + big, reason="an icon of 2048 x 2048")
+
+
+def replaced(content: bytes, start: int, part: bytes) -> bytes:
+    """Return a content with a part of it replaced by another as long."""
+    return content[:start] + part + content[start + len(part) :]
+
+
+def cut_off() -> Iterable[HostileFile]:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (64, 96, 3), dtype=np.uint8))
+    contents = {
+        "jpg": encoded(noise, "JPEG"),
+        "progressive.jpg": encoded(noise, "JPEG", progressive=True),
+        "png": encoded(noise, "PNG"),
+        "webp": encoded(noise, "WEBP"),
+        "lossless.webp": encoded(noise, "WEBP", lossless=True),
+        "gif": encoded(noise, "GIF"),
+        "tif": encoded(noise, "TIFF"),
+        "lzw.tif": encoded(noise, "TIFF", compression="tiff_lzw"),
+        "bmp": encoded(noise, "BMP"),
+        "tga": encoded(noise, "TGA"),
+        "ppm": encoded(noise, "PPM"),
+        "ico": encoded(noise, "ICO", sizes=[(64, 64)]),
+        "jp2": encoded(noise, "JPEG2000"),
+        "avif": encoded(noise, "AVIF"),
+        "heic": encoded(noise, "HEIF"),
     }
+    for suffix, content in contents.items():
+        for part in (2, 12, len(content) // 4, len(content) * 3 // 4, len(content) - 40):
+            yield HostileFile(f"cut after {part}.{suffix}", content[:part], reason=DAMAGED)
+    for suffix, reason in (("jpg", ""), ("tif", ""), ("png", DAMAGED)):
+        content = contents[suffix]
+        content = replaced(content, len(content) // 2, bytes(200))
+        yield HostileFile(f"a hole within.{suffix}", content, reason=reason)
 
 
-def unreadable() -> dict[str, tuple[bytes, str]]:
-    """Return files that can't be captioned, and a part of the reason."""
-    disc = draw("red", "disc", 300, 300)
-    jpeg, png, webp = (encoded(disc, kind) for kind in ("JPEG", "PNG", "WEBP"))
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("a.png", png)
-    wrong_sum = bytearray(png)
-    wrong_sum[png.index(b"IDAT") + 20] ^= 255
-    return {
-        "empty.jpg": (b"", "no known format"),
-        "empty.heic": (b"", "no known format"),
-        "half.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
-        "half.png": (png[: len(png) // 2], ""),
-        "half.webp": (webp[: len(webp) // 2], ""),
-        "a few bytes.jpg": (jpeg[:10], ""),
-        "header alone.png": (png[:33], ""),
-        "changed on the disk.png": (bytes(wrong_sum), ""),
-        "bomb.png": (bomb(9_000, 9_000), "81.0 megapixels are too many"),
-        "larger bomb.png": (bomb(60_000, 60_000), "more pixels than Pillow reads"),
-        "page.png": (b"<!doctype html><title>404</title>", "no known format"),
-        "archive.gif": (archive.getvalue(), "no known format"),
-        "words.jpg": ("déjà vu".encode() * 99, "no known format"),
-        "zeros.jpg": (bytes(10_000), ""),
-        "vector.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "no known format"),
-        "document.tif": (b"%PDF-1.7\n1 0 obj", "no known format"),
-        "script.eps.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known"),
-        "broken.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), ""),
-        "broken.avif": (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(99), ""),
+# --- not what the name says -------------------------------------------------------------------
+
+
+def false_names() -> Iterable[HostileFile]:
+    for name, kind in (
+        *(("PNG.jpg", "PNG"), ("JPEG.png", "JPEG"), ("WebP.jpg", "WEBP"), ("GIF.jpeg", "GIF")),
+        *(("TIFF.gif", "TIFF"), ("BMP.webp", "BMP"), ("JPEG.heic", "JPEG"), ("HEIC.jpg", "HEIF")),
+        *(("AVIF.png", "AVIF"), ("JPEG 2000.jpg", "JPEG2000"), ("PPM.tga", "PPM")),
+    ):
+        yield of_picture(f"named wrong, {name}", kind, RED, difference=6)
+    heic = encoded(picture(BLUE), "HEIF")
+    other = heic.replace(b"ftypheic", b"ftypmif1", 1)
+    yield HostileFile("another brand.heic", other, BLUE, picture(BLUE))
+    other = heic.replace(b"ftypheic", b"ftypMiHB", 1)
+    yield HostileFile("a brand of its own.heic", other, BLUE, picture(BLUE))
+    avif = encoded(picture(BLUE), "AVIF")
+    other = avif.replace(b"ftypavif", b"ftypmif1", 1)
+    yield HostileFile("another brand.avif", other, BLUE, picture(BLUE))
+
+
+def foreign() -> Iterable[HostileFile]:
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><circle r="4"/></svg>'
+    xml = b'<?xml version="1.0"?>\n<!-- a comment -->\n'
+    contents = {
+        "empty.jpg": (b"", "empty"),
+        "a text.jpg": (b"Dear reader,\nthis is no image.\n", NO_FORMAT),
+        "a page.png": (b"<!DOCTYPE html>\n<html><body>404</body></html>", "HTML"),
+        "a page, later.jpg": (b"\n\n  <HTML><head>", "HTML"),
+        "an archive.gif": (b"PK\3\4\x14\0\0\0" + bytes(99), "ZIP"),
+        "a drawing.png": (svg, "SVG"),
+        "a drawing, in XML.png": (xml + svg, "SVG"),
+        "a document.jpg": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n", "PDF"),
+        "PostScript.jpg": (encoded(picture(RED), "EPS"), NO_FORMAT),
+        "a film.heic": (b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + bytes(99), NO_FORMAT),
+        "a program.jpg": (b"\x7fELF\2\1\1" + bytes(99), NO_FORMAT),
+        "zeros.png": (bytes(4096), NO_FORMAT),
+        "zeros.tga": (bytes(4096), NO_FORMAT),
+        "ones.jpg": (b"\xff" * 4096, DAMAGED),
+        "a line break.jpg": (b"\n", NO_FORMAT),
+        "PCX.png": (encoded(picture(RED), "PCX"), NO_FORMAT),
+        "a pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
     }
+    for name, (content, reason) in contents.items():
+        yield HostileFile(name, content, reason=reason)
+    rng = np.random.default_rng(1)
+    for number in range(4):
+        yield HostileFile(f"noise {number}.jpg", rng.bytes(5000), reason=DAMAGED)
 
 
-def odd_names() -> dict[str, str]:
-    """Return names that break programs, and the caption of what they hold."""
-    names = [
-        *("-rf.png", "--output.png", "a\nb.png", "a\tb.png", "'quoted'.png", '"double".png'),
+# --- names and other entries of a folder ------------------------------------------------------
+
+
+def odd_names() -> Iterable[HostileFile]:
+    names = (
         *(
-            "a;b|c&d.png",
-            "$(id).png",
-            "`id`.png",
-            "*.png",
-            "%s%n.png",
+            "two\nlines",
+            "a return\r",
+            "a tab\t",
+            "\x1b[31mred",
+            "bell\x07",
+            "-rf",
+            "--help",
+            "-",
+            " ",
         ),
-        *("<script>alert(1)<_script>.png", "&amp;.png", "é.png", "e\u0301.png", "猫 😺.png"),
-        *("\u202egnp.exe.png", "a b .png", " .png", "x" * 246 + ".png", "{{7*7}}.png", "\\.png"),
-        os.fsdecode(b"caf\xe9.png"),
-    ]
-    return {f"names/{name}": RED_DISC for name in names}
+        *(
+            "'single'",
+            '"double"',
+            "`touch x`",
+            "$(touch x)",
+            "; rm x",
+            "a & b",
+            "*",
+            "?",
+            "[a]",
+            "~",
+        ),
+        *(
+            "{a,b}",
+            "%s%n",
+            "%00",
+            "a\\b",
+            "a:b",
+            "C:",
+            "|",
+            "#",
+            "!",
+            "=1+1",
+            "@sum",
+            "CON",
+            "null",
+        ),
+        *(
+            "😺",
+            "👩‍👩‍👧",
+            "e\u0301",
+            "\u00e9",
+            "Z\u0351\u036b\u0343a\u0328lgo",
+            "\u202egnp",
+            "\u200b",
+            "مرحبا",
+        ),
+        *(
+            "<b>bold<|b>",
+            "<img src=x onerror=alert(1)>",
+            "&amp;",
+            "&lt;script&gt;",
+            "NaN",
+            "0",
+            "true",
+        ),
+        *(
+            "a" * 246,
+            "é" * 123,
+            " leading",
+            "trailing ",
+            "x.jpg",
+            "x..",
+            "\ufeffmark",
+            "猫",
+            "\u2028",
+        ),
+    )
+    content = encoded(picture(YELLOW), "PNG")
+    for name in names:
+        yield HostileFile(f"{name}.png", content, YELLOW)
+    for raw in (b"caf\xe9.png", b"\xff\xfe\x80.png", b"half \xf0\x9f\x98.png"):
+        yield HostileFile(os.fsdecode(raw), content, YELLOW)
+    for path in ("UPPER.PNG", "\n/\n/\n.png", "-rf folder/--output.png", "a folder.jpg/x.png"):
+        yield HostileFile(path, content, YELLOW)
 
 
-def make_hostile_folder(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Make the folder; return captions by name, and parts of reasons by name."""
-    captions: dict[str, str] = {}
-    reasons: dict[str, str] = {}
-
-    def put(name: str, content: bytes) -> None:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-
-    for name, (content, caption) in readable().items():
-        put(name, content)
-        captions[name] = caption
-    for name, content in odd().items():
-        put(name, content)
-        captions[name] = ANY
-    picture = encoded(draw("red", "disc"), "PNG")
-    for name, caption in odd_names().items():
-        put(name, picture)
-        captions[name] = caption
-    for name, (content, reason) in unreadable().items():
-        put(name, content)
-        reasons[name] = reason
-    for name, (make, reason) in special().items():
-        make(folder / name)
-        if reason is not None:
-            reasons[name] = reason
-    return captions, reasons
+def no_regular_files() -> Iterable[HostileFile]:
+    content = encoded(picture(RED), "PNG")
+    special = "a pipe, device or socket, not a regular file"
+    if hasattr(os, "mkfifo"):
+        yield HostileFile("a pipe.jpg", os.mkfifo, reason=special)
+        yield HostileFile("a socket.jpg", _bind, reason=DAMAGED)
+    yield HostileFile("a link to a device.jpg", _link("/dev/zero"), reason=special)
+    yield HostileFile("a link to nothing.jpg", _link("nothing.jpg"), reason="no such file")
+    yield HostileFile("a link to itself.jpg", _link("a link to itself.jpg"), reason="links")
+    yield HostileFile("a link round 1.jpg", _link("a link round 2.jpg"), reason="links")
+    yield HostileFile("a link round 2.jpg", _link("a link round 1.jpg"), reason="links")
+    yield HostileFile("a link to an image.jpg", _link("an image for it.png"), RED, picture(RED))
+    yield HostileFile("an image for it.png", content, RED, picture(RED))
+    if hasattr(os, "geteuid") and os.geteuid():  # root may read everything
+        yield HostileFile("forbidden.png", _forbidden(content), reason="Permission denied")
 
 
-def special() -> dict[str, tuple[Callable[[Path], object], str | None]]:
-    """Return what isn't a file; None for what is passed over."""
+def _bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(path))
 
-    def listen(path: Path) -> None:
-        # Names of sockets are short: bind from within the folder.
-        before = Path.cwd()
-        os.chdir(path.parent)
-        try:
-            with socket.socket(socket.AF_UNIX) as own:
-                own.bind(path.name)
-        finally:
-            os.chdir(before)
 
-    def lock(path: Path) -> None:
-        path.write_bytes(b"secret")
+def _link(target: str) -> Callable[[Path], object]:
+    return lambda path: path.symlink_to(target)
+
+
+def _forbidden(content: bytes) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        path.write_bytes(content)
         path.chmod(0)
 
-    found: dict[str, tuple[Callable[[Path], object], str | None]] = {
-        "pipe.jpg": (os.mkfifo, "a pipe, device or socket"),
-        "socket.jpg": (listen, ""),
-        "nowhere.jpg": (lambda path: path.symlink_to("nothing"), "no such file"),
-        "itself.jpg": (lambda path: path.symlink_to(path.name), ""),
-        "folder.jpg": (lambda path: path.mkdir(), None),
-        "round": (lambda path: path.symlink_to(path.parent), None),
-    }
-    if os.geteuid():  # root may read everything
-        found["locked.jpg"] = lock, "Permission denied"
-    return found
+    return write
