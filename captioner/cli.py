@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from captioner.errors import CaptionerError
 from captioner.progress import log_line, printable
@@ -41,6 +41,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with 2."""
         super().error(printable(message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help; argparse's own hides that nobody reads it."""
+        (file or sys.stderr).write(message or "")
 
 
 def program_name(name: str, tool: str) -> str:

@@ -328,6 +328,8 @@ class SelfCriticalConfig:
             or that of the "greedy" caption.
         cider_weight, bleu_weight: Weights of CIDEr-D (0 to 10) and BLEU-4 (0 to 1) in the reward.
         cross_entropy_share: Share (0 to 1) of the loss that stays cross-entropy.
+        dropout: Whether ``decoder.dropout`` stays on where gradients are computed; captions are
+            always drawn without it.
     """
 
     samples: int = 5
@@ -335,6 +337,7 @@ class SelfCriticalConfig:
     cider_weight: float = 1.0
     bleu_weight: float = 0.0
     cross_entropy_share: float = 0.0
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""

@@ -1,15 +1,16 @@
-"""Where to compute and in which precision."""
+"""Where to compute, in which precision, and in how much memory."""
 
 import contextlib
 import ctypes
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
 
-from captioner.errors import ConfigError
+from captioner.errors import ConfigError, TrainingError
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -207,3 +208,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+@contextlib.contextmanager
+def memory_errors(message: Callable[[], str]) -> Iterator[None]:
+    """Turn an out-of-memory error into a ``TrainingError`` with what ``message`` returns."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(f"out of memory {message()}") from None

@@ -1,15 +1,10 @@
-"""What ends a long job early: Ctrl-C, SIGTERM, and too little memory."""
+"""What ends a long job early: Ctrl-C and SIGTERM."""
 
-import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
-
-from captioner.device import is_out_of_memory
-from captioner.errors import TrainingError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAST_WORDS = b"\nstopping after what is in flight, to keep it; a second signal stops at once\n"
@@ -72,14 +67,3 @@ class StopSignals:
         """Raise ``Stopped`` if a signal has come."""
         if self.received:
             raise Stopped(self.received)
-
-
-@contextlib.contextmanager
-def memory_errors(message: Callable[[], str]) -> Iterator[None]:
-    """Turn an out-of-memory error into a ``TrainingError`` with what ``message`` returns."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(f"out of memory {message()}") from None

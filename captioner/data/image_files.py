@@ -1,6 +1,7 @@
 """Image files: how large they may be, and how each becomes upright RGB."""
 
 import contextlib
+import importlib
 import io
 import math
 import os
@@ -106,9 +107,11 @@ def _errors_named(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: not a readable image ({reason.splitlines()[0]})") from None
 
 
-def load_thumbnail(source: ImageSource, size: int = 256) -> Image.Image:
+def load_thumbnail(
+    source: ImageSource, size: int = 256, reserve: Reserve | None = None
+) -> Image.Image:
     """Return an image, as ``load_image`` reads it, with neither side longer than ``size``."""
-    image = load_image(source, size)
+    image = load_image(source, size, reserve)
     image.thumbnail((size, size))
     return image
 
@@ -137,6 +140,8 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
     with contextlib.ExitStack() as stack:
         if isinstance(source, Image.Image):
             yield _read_again(source, stack)
+        elif is_remote(source):
+            yield _open_file(_read_remote(str(source)))
         elif isinstance(source, (str, os.PathLike)):
             yield _open_file(stack.enter_context(open_regular(os.fspath(source))))
         elif isinstance(source, bytes):
@@ -156,6 +161,21 @@ def _read_again(image: Image.Image, stack: contextlib.ExitStack) -> Image.Image:
     stack.callback(file.seek, file.tell())
     again = _open_file(file)
     return again if (again.size, again.mode) == (image.size, image.mode) else image
+
+
+def is_remote(source: ImageSource) -> bool:
+    """Tell whether an image's path is an address, such as ``s3://bucket/dog.jpg``."""
+    return isinstance(source, str) and "://" in source
+
+
+def _read_remote(address: str) -> BinaryIO:
+    """Return what is at an address, which fsspec reads."""
+    try:
+        fsspec = importlib.import_module("fsspec")
+    except ImportError:
+        raise ValueError("for addresses: pip install fsspec") from None
+    with fsspec.open(address, "rb") as file:
+        return io.BytesIO(file.read(MOST_BYTES_OF_PIXEL * max_pixels()))
 
 
 def _open_file(file: BinaryIO) -> Image.Image:

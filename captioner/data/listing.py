@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from captioner.data.annotations import ImageId, read_annotations
+from captioner.data.image_files import is_remote
 from captioner.data.image_formats import IMAGE_SUFFIXES
 from captioner.errors import DataError, UsageError, name_some
 from captioner.files import open_regular
@@ -26,6 +27,8 @@ from captioner.progress import log_line
 
 NAMES_AT_ONCE = 50_000  # of a folder, that are sorted in memory; 5 MB or so
 STANDARD_INPUT = "-"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,12 @@ class ImageFile:
     Attributes:
         image_id: What the results call it.
         name: Its path below the folder, or as it was given; with ``/`` between the parts.
-        path: Where it is.
+        path: Where it is; text for an address such as ``s3://bucket/dog.jpg``.
     """
 
     image_id: ImageId
     name: str
-    path: Path
+    path: Path | str
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,13 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
 
 
 EVERYTHING = Selection()
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Walk through items in lists of ``size``; the last may be shorter."""
+    left = iter(items)
+    while batch := list(islice(left, size)):
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -257,6 +267,8 @@ def _read_names(file: BinaryIO) -> Iterator[str]:
 def read_list(source: str, ending: bytes = b"\n") -> Iterator[ImageFile]:
     r"""Walk through the images whose paths a file lists, one a line; empty lines are passed over.
 
+    Addresses that fsspec knows (``s3://…``) are taken, too.
+
     Args:
         source: The file, or ``-`` for standard input.
         ending: What ends a path: ``b"\0"`` where names may hold line breaks.
@@ -267,8 +279,11 @@ def read_list(source: str, ending: bytes = b"\n") -> Iterator[ImageFile]:
     try:
         with sys.stdin.buffer if source == STANDARD_INPUT else open_regular(source) as file:
             for line in _lines(file, ending):
-                if line:
-                    path = Path(os.fsdecode(line))
+                name = os.fsdecode(line)
+                if is_remote(name):
+                    yield ImageFile(name, name, name)
+                elif name:
+                    path = Path(name)
                     yield ImageFile(path.as_posix(), path.as_posix(), path)
     except OSError as error:
         raise DataError(f"{source}: can't be read ({error.strerror})") from None

@@ -3,14 +3,13 @@
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 
 import torch
 
 from captioner.config import SearchConfig
 from captioner.data.annotations import ImageId
 from captioner.data.images import PixelBatch, stream_pixels
-from captioner.data.listing import ImageFile
+from captioner.data.listing import ImageFile, batched
 from captioner.device import free_memory, is_out_of_memory
 from captioner.errors import CaptionerError
 from captioner.inference.captioner import Caption, Captioner
@@ -70,11 +69,9 @@ def caption_stream(
     """
     at_once = batch_size or _fitting(captioner, search)
     waiting: deque[list[ImageFile]] = deque()  # batches that are being read
-    left = iter(images)
 
     def batches() -> Iterator[list[tuple[int, str]]]:
-        size = at_once
-        while batch := list(islice(left, size)):
+        for batch in batched(images, at_once):
             waiting.append(batch)
             yield [(index, str(image.path)) for index, image in enumerate(batch)]
 

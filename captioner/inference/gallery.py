@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 
 from captioner.data.image_files import load_thumbnail
+from captioner.data.listing import batched
 from captioner.errors import CaptionerError, ImageError
 from captioner.files import atomic_write
 from captioner.inference.captioner import Caption, Captioner
@@ -116,7 +117,7 @@ def write_gallery(
     images: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     with Progress("gallery", None, "image", hidden=hidden) as bar:
-        for batch in _in_batches(records):
+        for batch in batched(records, BATCH):
             captioned = [record for record in batch if not record.error]
             failures += [{"name": r.name, "error": r.error} for r in batch if r.error]
             maps = attention(captioned) if attention and captioned else [None] * len(captioned)
@@ -131,20 +132,14 @@ def write_gallery(
     if len(images) > MANY_IMAGES:
         log_line(f"warning: {page} shows {len(images)} images; browsers are slow with so many")
     data = {"images": images, "failures": failures, "folder": urllib.parse.quote(folder.name)}
-    text = _template().render(title=title, data=_json(data), nonce=secrets.token_hex(8))
-    with atomic_write(page) as file:
-        file.write(text)
+    _write_page(page, title, data)
     return len(images)
 
 
-def _in_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    yield batch
+def _write_page(page: Path, title: str, data: dict[str, Any]) -> None:
+    text = _template().render(title=title, data=_json(data), nonce=secrets.token_hex(8))
+    with atomic_write(page) as file:
+        file.write(text)
 
 
 def _entry(page: Path, record: Record, has_attention: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from captioner.inference.captioner import Captioner
 from captioner.inference.folder import caption_stream
 from captioner.inference.gallery import attention_of, write_gallery
 from captioner.inference.journal import Entry, FileState, Journal
+from captioner.inference.metadata import Metadata
 from captioner.inference.outputs import (
     GROWING,
     Format,
@@ -34,7 +35,11 @@ from captioner.inference.sidecars import Sidecars
 from captioner.progress import Progress, log_line
 from captioner.stopping import StopSignals
 
+# Captions images in order, batch by batch.
+Stream = Callable[[Iterable[ImageFile]], Iterator[list[Record]]]
+
 JOURNAL = ".journal"
+IN_PLACE = Path("in-place")
 MOST_WARNINGS = 20  # printed; all are in the failures file
 
 
@@ -51,7 +56,9 @@ class JobSettings:
             the SHA-256 of each.
         csv_safe: As in ``outputs.Format``.
         sidecars: Write a text file beside each image.
-        overwrite_sidecars: Even where this tool did not write the one that is there.
+        metadata: Write the caption into each image's own metadata: into copies in this folder, or,
+            for ``IN_PLACE``, into the images themselves.
+        overwrite: Overwrite text files and descriptions that this tool did not write.
         gallery: A page that shows all images; see ``gallery.write_gallery``.
         batch_size: As in ``caption_stream``.
         workers: As in ``caption_stream``.
@@ -65,7 +72,8 @@ class JobSettings:
     has_hash: bool = False
     csv_safe: bool = False
     sidecars: bool = False
-    overwrite_sidecars: bool = False
+    metadata: Path | None = None
+    overwrite: bool = False
     gallery: Path | None = None
     batch_size: int = 0
     workers: int = -1
@@ -85,6 +93,7 @@ class Summary:
         empty: The names of some images whose captions are empty.
         empty_count: How many there are.
         sidecars_left: Text files that were left as they were.
+        metadata_left: Images whose metadata was.
     """
 
     captioned: int = 0
@@ -95,6 +104,7 @@ class Summary:
     empty: list[str] = field(default_factory=list)
     empty_count: int = 0
     sidecars_left: int = 0
+    metadata_left: int = 0
 
     def add(self, records: Iterable[Record]) -> None:
         """Count a batch."""
@@ -116,6 +126,7 @@ def run_job(
     search: SearchConfig,
     settings: JobSettings,
     signature: Mapping[str, Any],
+    stream: Stream | None = None,
 ) -> Summary:
     """Caption a listing's images into files; go on where an earlier run ended.
 
@@ -125,6 +136,7 @@ def run_job(
         search: How.
         settings: What becomes of the captions.
         signature: What must be the same when the job goes on, by the names that a user knows.
+        stream: What captions the images, instead of ``caption_stream`` in this process.
 
     Raises:
         Stopped: By Ctrl-C or SIGTERM, after the batch in flight; what was captioned is kept.
@@ -138,7 +150,7 @@ def run_job(
     try:
         with StopSignals() as signals, Journal(path) as journal:
             signals.deferred = True
-            job = _Job(captioner, listing, search, settings, journal)
+            job = _Job(captioner, listing, search, settings, journal, stream)
             try:
                 job.prepare({**signature, "inputs": f"{listing.key} {listing.shard or ''}".strip()})
                 job.run(signals)
@@ -168,16 +180,21 @@ class _Job:
         search: SearchConfig,
         settings: JobSettings,
         journal: Journal,
+        stream: Stream | None,
     ) -> None:
         self.captioner, self.listing, self.search = captioner, listing, search
-        self.settings, self.journal = settings, journal
+        self.settings, self.journal, self.stream = settings, journal, stream or self._caption
         form = Format(max(search.n_best, 1), settings.has_hash, settings.csv_safe)
         self.form = form
         paths = [path for path in settings.outputs if output_suffix(path) in GROWING]
         self.growing = [growing_output(path, form) for path in paths]
         self.growing.append(failures_output(settings.outputs[0]))
         self.whole = [path for path in settings.outputs if path not in paths]
-        self.sidecars = Sidecars(journal, settings.overwrite_sidecars)
+        self.sidecars = Sidecars(journal, settings.overwrite)
+        self.metadata = None
+        if settings.metadata:
+            copies = None if settings.metadata == IN_PLACE else settings.metadata
+            self.metadata = Metadata(copies, settings.overwrite)
         self.summary = Summary()
 
     # --- before -------------------------------------------------------------------------------
@@ -232,22 +249,24 @@ class _Job:
         started, settings = time.monotonic(), self.settings
         if settings.sidecars:
             self.sidecars.write_missing()
+        while self.metadata and (records := self.journal.records_without("described")):
+            self._describe(records)
         self.journal.set_fact("whole", [path.name for path in self.whole])
         done = sum(self.journal.counts())
         with (
             Progress("captioning", None, "image", hidden=settings.quiet) as bar,
             Counter(self.listing, lambda count: bar.set_total(max(0, count - done))),
         ):
-            stream = caption_stream(
-                *(self.captioner, self._todo(), self.search, settings.batch_size),
-                settings.workers,
-            )
-            for records in stream:
+            for records in self.stream(self._todo()):
                 self._keep(records)
                 bar.update(len(records), self._note())
                 signals.raise_if_received()
         self.summary.seconds = time.monotonic() - started
         self._finish()
+
+    def _caption(self, images: Iterable[ImageFile]) -> Iterator[list[Record]]:
+        size, workers = self.settings.batch_size, self.settings.workers
+        return caption_stream(self.captioner, images, self.search, size, workers)
 
     def _todo(self) -> Iterator[ImageFile]:
         """Walk through the images that are to be captioned, and compare the others."""
@@ -290,10 +309,16 @@ class _Job:
         self.journal.commit(records, self._ends())
         if self.settings.sidecars:
             self.sidecars.write(records)
+        if self.metadata:
+            self._describe([record for record in records if not record.error])
         self.summary.add(records)
         for record in records:
             if record.error:
                 self._warn(record)
+
+    def _describe(self, records: list[Record]) -> None:
+        if self.metadata:
+            self.journal.keep_described(records, self.metadata.write(records))
 
     def _warn(self, record: Record) -> None:
         self.summary.failed += 1
@@ -319,6 +344,7 @@ class _Job:
         self.summary.total, self.summary.failed = self.journal.counts()
         self.summary.failed_names = self.journal.failed_names()
         self.summary.sidecars_left = self.sidecars.left
+        self.summary.metadata_left = self.metadata.left if self.metadata else 0
         if not self.summary.total:
             return
         if not self.journal.fact("in_order", True):

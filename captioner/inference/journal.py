@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS images (
     turn INTEGER,                 -- when it was captioned, counted in images
     failed INTEGER,
     sidecar INTEGER,              -- whether its text file is written, or left as it was
+    described INTEGER,            -- likewise its metadata
     record TEXT                   -- none while it waits to be captioned (again)
 );
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -156,7 +157,7 @@ class Journal:
         rows = self._run(
             "SELECT record FROM images WHERE failed ORDER BY position, number LIMIT ?", count
         )
-        return [_from_json(text).name for (text,) in rows]
+        return [record_from_json(text).name for (text,) in rows]
 
     def entry(self, image: ImageFile) -> Entry | None:
         """Return what is known of an image, or None while it isn't captioned."""
@@ -198,9 +199,9 @@ class Journal:
                 "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
                 "position = excluded.position, size = excluded.size, time = excluded.time, "
                 "turn = excluded.turn, failed = excluded.failed, record = excluded.record, "
-                "sidecar = NULL",
+                "sidecar = NULL, described = NULL",
                 *(key, position, state.size, state.time, turn, bool(record.error)),
-                _to_json(record),
+                record_to_json(record),
             )
         self.set_fact("turn", turn)
         self.set_fact("ends", ends)
@@ -211,12 +212,15 @@ class Journal:
         rows = self._run(
             "SELECT record FROM images WHERE record NOT NULL ORDER BY position, number"
         )
-        return (_from_json(text) for (text,) in rows)
+        return (record_from_json(text) for (text,) in rows)
 
     def forget_records(self) -> None:
         """Have all images captioned again, and the outputs begin anew."""
         self._begin()
-        self._run("UPDATE images SET record = NULL, failed = NULL, turn = NULL, sidecar = NULL")
+        self._run(
+            "UPDATE images SET record = NULL, failed = NULL, turn = NULL, sidecar = NULL, "
+            "described = NULL"
+        )
         self._run("DELETE FROM facts")
         self._run("COMMIT")
 
@@ -228,16 +232,28 @@ class Journal:
             self.set_fact("listings", listings)
         return listings.index(listing) * POSITIONS_OF_LISTING
 
-    # --- text files beside the images ---------------------------------------------------------
+    # --- text files beside the images, and their metadata -------------------------------------
 
-    def records_without_sidecar(self, count: int = 1000) -> list[Record]:
-        """Return some of the captioned images whose text files weren't dealt with yet."""
+    def records_without(self, what: str, count: int = 1000) -> list[Record]:
+        """Return some of the captioned images whose "sidecar" isn't written; or "described"."""
         rows = self._run(
-            "SELECT record FROM images WHERE record NOT NULL AND NOT failed AND sidecar IS NULL "
+            f"SELECT record FROM images WHERE record NOT NULL AND NOT failed AND {what} IS NULL "
             "ORDER BY position, number LIMIT ?",
             count,
         )
-        return [_from_json(text) for (text,) in rows]
+        return [record_from_json(text) for (text,) in rows]
+
+    def keep_described(self, records: Iterable[Record], described: Iterable[Record]) -> None:
+        """Note images whose metadata was dealt with, and the state of those that have it now."""
+        self._begin()
+        for record in records:
+            statement = "UPDATE images SET described = 0 WHERE key = ?"
+            self._run(statement, key_of(record.image_id))
+        for record in described:
+            state = FileState.of(record.path)
+            statement = "UPDATE images SET described = 1, size = ?, time = ? WHERE key = ?"
+            self._run(statement, state.size, state.time, key_of(record.image_id))
+        self._run("COMMIT")
 
     def sidecar(self, path: str) -> tuple[str, str] | None:
         """Return what is known of a text file: its image's key, and the SHA-256 of its content."""
@@ -261,7 +277,8 @@ def key_of(image_id: ImageId) -> str:
     return json.dumps(image_id)  # of any text: names that aren't UTF-8 become escapes
 
 
-def _to_json(record: Record) -> str:
+def record_to_json(record: Record) -> str:
+    """Return a record as JSON, in ASCII."""
     content = asdict(record)
     for caption in content["captions"]:
         for name in ("log_probability", "score"):
@@ -269,7 +286,8 @@ def _to_json(record: Record) -> str:
     return json.dumps(content)
 
 
-def _from_json(text: str) -> Record:
+def record_from_json(text: str) -> Record:
+    """Return the record that ``record_to_json`` was given."""
     content = json.loads(text)
     captions = []
     for caption in content.pop("captions"):

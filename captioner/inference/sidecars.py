@@ -54,7 +54,7 @@ class Sidecars:
 
     def write_missing(self) -> None:
         """Write those of images that were captioned before, in a run that was cut off say."""
-        while records := self._journal.records_without_sidecar():
+        while records := self._journal.records_without("sidecar"):
             self.write(records)
 
     def _write_one(self, record: Record, known: Sequence[str] | None) -> str:

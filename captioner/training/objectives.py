@@ -154,7 +154,8 @@ class CrossEntropy(Objective):
 class SelfCritical(Objective):
     """Captions that the model draws are made likelier by what they score: see ``self_critical``.
 
-    The decoder that is trained is the one that draws: nothing is dropped.
+    The decoder that is trained is the one that draws: nothing is dropped, unless
+    ``self_critical.dropout`` says so.
 
     Args:
         model: What is trained.
@@ -204,12 +205,14 @@ class SelfCritical(Objective):
             features = self.model.features(batch.x, self.precision)
             samples = self._sample(decoder, features.detach(), batch.images, step)
             drawn.append(samples)
+            self.model.decoder.train(self.config.self_critical.dropout)
             with autocast(self.model.device, self.precision):
                 output = self._teacher_forcing(features[samples.order], samples.token_ids)
             loss = (1 - share) * self_critical_loss(output, samples.advantages, images)
             if share:
                 loss = loss + share * self.cross_entropy(features, batch.token_ids, counts)
             loss.backward()
+            self.model.decoder.eval()
             total += loss.detach()
         tokens = Counts.of([samples.token_ids for samples in drawn]).tokens
         weights = [len(batch.images) / images for batch in group]

@@ -24,11 +24,11 @@ import torch
 
 from captioner.config import Config
 from captioner.data.dataset import CaptionDataset, check_no_overlap
-from captioner.device import choose_device, choose_precision
+from captioner.device import choose_device, choose_precision, memory_errors
 from captioner.errors import CheckpointError, ConfigError
 from captioner.files import locked, read_json, write_json
 from captioner.models.captioning_model import check_decoder_kind
-from captioner.stopping import StopSignals, memory_errors
+from captioner.stopping import StopSignals
 from captioner.training.initial_model import (
     check_something_is_learnt,
     make_model,

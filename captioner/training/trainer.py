@@ -18,6 +18,7 @@ from captioner.data.image_files import load_thumbnail
 from captioner.data.images import in_batches
 from captioner.data.predictions import write_predictions
 from captioner.data.tokenizer import tokenize
+from captioner.device import memory_errors
 from captioner.errors import TrainingError, UsageError
 from captioner.files import atomic_directory
 from captioner.metrics.diversity import describe
@@ -26,7 +27,7 @@ from captioner.models.captioning_model import CaptioningModel, generate
 from captioner.models.checkpoint import save_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.progress import Progress, log_line
-from captioner.stopping import StopSignals, memory_errors
+from captioner.stopping import StopSignals
 from captioner.training.averaging import make_average
 from captioner.training.gradient_flow import (
     LOG_KIND,

@@ -306,7 +306,7 @@ def test_text_files_beside_images(checkpoint, folder, tmp_path, capsys):
     assert run_caption(checkpoint, folder, output, *words) == 0
     assert (folder / "00_red_disc.txt").read_text() == "a red\n"
     assert (folder / "04_blue_disc.txt").read_text() == "changed by hand"
-    assert run_caption(checkpoint, folder, output, *words, "--overwrite-sidecars") == 0
+    assert run_caption(checkpoint, folder, output, *words, "--overwrite") == 0
     assert by_hand.read_text() == "a bright\n"
 
 
@@ -340,5 +340,7 @@ def test_quiet_says_what_went_wrong_alone(checkpoint, folder, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     (folder / "bad.png").write_text("")
     assert run_caption(checkpoint, folder, output, "--quiet") == 3
-    expected = f"1 of 9 images could not be captioned; reasons in {output}.failures.jsonl\n"
+    expected = (
+        f"1 of 9 images could not be captioned: bad.png; reasons in {output}.failures.jsonl\n"
+    )
     assert capsys.readouterr() == ("", expected)

@@ -169,7 +169,7 @@ def test_image_files_are_opened_in_one_place():
         for path in (ROOT / folder).rglob("*.py")
         if "Image.open(" in path.read_text(encoding="utf-8")
     }
-    assert opening == {"image_files.py"}
+    assert opening == {"image_formats.py"}
 
 
 # --- plots ---------------------------------------------------------------------------------------

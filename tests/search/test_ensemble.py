@@ -138,7 +138,7 @@ def test_the_command_averages_checkpoints(models, checkpoint, drawn, tmp_path):
         further[-1].mkdir()
         save_checkpoint(models[number], further[-1], {})
     output = tmp_path / "captions.json"
-    options = ("--precision", "float32", "--ensemble")
+    options = ("--precision", "float32", "--redo", "--ensemble")
     assert run_caption(checkpoint, drawn.images, output, *options, checkpoint) == 0
     assert read_predictions(output) == drawn.captions
     assert run_caption(checkpoint, drawn.images, output, *options, *further) == 0

@@ -1,5 +1,6 @@
 """Search settings as options of the command that captions a folder."""
 
+import csv
 import json
 
 import pytest
@@ -10,7 +11,8 @@ from captioner.data.predictions import read_predictions
 
 
 def captions_of(checkpoint, drawn, output, *options):
-    assert run_caption(checkpoint, drawn.images, output, "--precision", "float32", *options) == 0
+    options = ("--precision", "float32", "--redo", *options)
+    assert run_caption(checkpoint, drawn.images, output, *options) == 0
     return read_predictions(output)
 
 
@@ -74,13 +76,16 @@ def test_the_command_writes_the_n_best(checkpoint, drawn, captioner, tmp_path, c
         scores = [caption.score for caption in captions]
         assert row["scores"] == pytest.approx(scores, abs=1e-4)
         assert row["caption"] == best[row["image_id"]] == row["captions"][0]
-    for suffix in (".json", ".csv"):
-        other = tmp_path / f"other{suffix}"
-        assert run_caption(checkpoint, drawn.images, other, "--n-best", 3) == 2
-        assert "3 captions of an image (search.n_best) need a name that ends in .jsonl" in (
-            capsys.readouterr().err
-        )
-        assert not other.exists()
+    other = tmp_path / "other.json"
+    assert run_caption(checkpoint, drawn.images, other, "--n-best", 3) == 2
+    assert "3 captions of an image (search.n_best) need a name that ends in .jsonl" in (
+        capsys.readouterr().err
+    )
+    assert not other.exists()
+    captions_of(checkpoint, drawn, tmp_path / "c.csv", "--n-best", 3, "--batch-size", 3)
+    with open(tmp_path / "c.csv", newline="", encoding="utf-8") as file:
+        cells = [json.loads(row["captions"]) for row in csv.DictReader(file)]
+    assert cells == [row["captions"] for row in rows]
 
 
 def test_the_command_says_when_nothing_is_found(checkpoint, drawn, tmp_path, capsys):

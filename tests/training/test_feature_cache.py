@@ -268,10 +268,10 @@ def test_images_of_one_name_in_two_data_sets_are_never_mixed_up(encoder, tmp_pat
 class ChangingPreprocessing(Preprocessing):
     """Changes each file right after reading it."""
 
-    def load(self, path, *reserve, **options):
-        pixels = super().load(path, *reserve, **options)
+    def load_with_size(self, path, *reserve, **options):
+        loaded = super().load_with_size(path, *reserve, **options)
         Image.new("RGB", (16, 12)).save(path)
-        return pixels
+        return loaded
 
 
 def test_an_image_that_changes_while_it_is_encoded_gets_no_features(paths, tmp_path):
