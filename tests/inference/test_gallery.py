@@ -110,7 +110,7 @@ def test_search_order_and_overlay(browser, page):
     assert visible(tab) == ["a red square"]
     assert tab.locator("#count").inner_text() == "1 of 10 images"
     tab.fill("#search", "forged")
-    assert tab.locator(".card:not([hidden]) small").inner_text() == SCRIPT
+    assert tab.locator(".card:not([hidden]) small").text_content() == SCRIPT
     tab.fill("#search", "")
 
     tab.locator(".card").first.focus()
