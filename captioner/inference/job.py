@@ -8,7 +8,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,14 +208,17 @@ class _Job:
             raise UsageError(self._changes(known, signature))
         states: dict[str, list[int]] = self.journal.fact("states", {})
         self._check_untouched(states)
-        self.journal.set_fact("signature", signature)
-        self.journal.set_fact("states", {})
-        self.first = self.journal.first_position(signature["inputs"])
+        with self.journal.transaction():
+            self.journal.set_fact("signature", signature)
+            self.journal.set_fact("states", {})
+            self.first = self.journal.first_position(signature["inputs"])
         ends = self.journal.fact("ends", {})
         for output in self.growing:
             if not output.cut(ends.get(output.path.name, 0)) or output.path.name not in ends:
                 output.write(self.journal.records())
-        self._keep_ends()
+        with self.journal.transaction():
+            self._keep_ends()
+            self.journal.set_fact("whole", [path.name for path in self.whole])
 
     def _changes(self, known: dict[str, Any], now: dict[str, Any]) -> str:
         """Say what is another now than when the job began."""
@@ -251,18 +254,29 @@ class _Job:
             self.sidecars.write_missing()
         while self.metadata and (records := self.journal.records_without("described")):
             self._describe(records)
-        self.journal.set_fact("whole", [path.name for path in self.whole])
         done = sum(self.journal.counts())
         with (
             Progress("captioning", None, "image", hidden=settings.quiet) as bar,
             Counter(self.listing, lambda count: bar.set_total(max(0, count - done))),
         ):
-            for records in self.stream(self._todo()):
-                self._keep(records)
-                bar.update(len(records), self._note())
-                signals.raise_if_received()
+            self._caption_all(bar, signals)
         self.summary.seconds = time.monotonic() - started
         self._finish()
+
+    def _caption_all(self, bar: Progress, signals: StopSignals) -> None:
+        """Caption what isn't yet; each batch reaches the disk while the next is captioned."""
+        with ThreadPoolExecutor(1, "writer") as writer:
+            writing: Future[None] | None = None
+            try:
+                for records in self.stream(self._todo()):
+                    if writing:
+                        writing.result()
+                    writing = writer.submit(self._keep, records)
+                    bar.update(len(records), self._note())
+                    signals.raise_if_received()
+            finally:
+                if writing:
+                    writing.result()
 
     def _caption(self, images: Iterable[ImageFile]) -> Iterator[list[Record]]:
         size, workers = self.settings.batch_size, self.settings.workers
@@ -272,6 +286,8 @@ class _Job:
         """Walk through the images that are to be captioned, and compare the others."""
         done, seen, last_turn = sum(self.journal.counts()), 0, 0
         for position, image in enumerate(self.listing.images(self.settings.quiet), self.first):
+            if self.journal.is_begun(image):  # it is in the listing twice
+                continue
             entry, state = self.journal.entry(image), FileState.of(image.path)
             if entry and self._is_unchanged(image, entry, state):
                 seen += 1
@@ -285,8 +301,8 @@ class _Job:
             if entry or seen < done:
                 self._note_disorder()
             seen += entry is not None
-            if self.journal.begin(image, position, state):
-                yield image
+            self.journal.begin(image, position, state)
+            yield image
 
     def _is_unchanged(self, image: ImageFile, entry: Entry, state: FileState) -> bool:
         if entry.failed and self.settings.retry:
@@ -350,8 +366,9 @@ class _Job:
         if not self.journal.fact("in_order", True):
             for output in self.growing:
                 output.write(self.journal.records())
-            self._keep_ends()
-            self.journal.set_fact("in_order", True)
+            with self.journal.transaction():
+                self._keep_ends()
+                self.journal.set_fact("in_order", True)
         for path in self.whole:
             if self.summary.captioned or not path.exists():
                 write_output(path, self.journal.records(), self.form)

@@ -10,7 +10,9 @@ import json
 import math
 import os
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ class Entry:
 
 
 class Journal:
-    """A job's journal; one process has it at a time.
+    """A job's journal; one process has it at a time, any of its threads may use it.
 
     Args:
         path: The file; made if it isn't there.
@@ -92,7 +94,10 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+        self._lock = threading.RLock()  # whoever holds it may begin a transaction
+        self._connection = sqlite3.connect(
+            path, timeout=0, isolation_level=None, check_same_thread=False
+        )
         try:
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._connection.execute("PRAGMA journal_mode = WAL")
@@ -127,6 +132,14 @@ class Journal:
             return self._connection.execute(statement, values)
         except sqlite3.Error as error:
             raise self._error(error) from None
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Have all that is kept inside, and what ``move`` left before, on the disk at its end."""
+        with self._lock:
+            self._begin()
+            yield
+            self._run("COMMIT")
 
     def _begin(self) -> None:
         if not self._connection.in_transaction:
@@ -172,40 +185,43 @@ class Journal:
         return Entry(position, FileState(size, time), turn, bool(failed), sha256)
 
     def move(self, image: ImageFile, position: int) -> None:
-        """Give an image another position; kept with the next batch, or by ``finish``."""
-        self._run("UPDATE images SET position = ? WHERE key = ?", position, key_of(image.image_id))
+        """Give an image another position; kept with the next ``transaction``."""
+        with self._lock:
+            self._begin()
+            key = key_of(image.image_id)
+            self._run("UPDATE images SET position = ? WHERE key = ?", position, key)
 
-    def begin(self, image: ImageFile, position: int, state: FileState) -> bool:
-        """Note that an image is being captioned; False where it is already."""
-        key = key_of(image.image_id)
-        if key in self._states:
-            return False
-        self._states[key] = state, position
-        return True
+    def begin(self, image: ImageFile, position: int, state: FileState) -> None:
+        """Note that an image is being captioned."""
+        self._states[key_of(image.image_id)] = state, position
+
+    def is_begun(self, image: ImageFile) -> bool:
+        """Return whether an image is being captioned; if not, ``entry`` knows one that was."""
+        return key_of(image.image_id) in self._states
 
     def commit(self, records: Iterable[Record], ends: dict[str, int]) -> None:
         """Keep a batch's records, and how long the growing outputs are with them, in bytes.
 
         The journal is on the disk after it.
         """
-        turn = self.fact("turn", 0)
-        self._begin()
-        for record in records:
-            turn += 1
-            key = key_of(record.image_id)
-            state, position = self._states.pop(key)
-            self._run(
-                "INSERT INTO images (key, position, size, time, turn, failed, record) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
-                "position = excluded.position, size = excluded.size, time = excluded.time, "
-                "turn = excluded.turn, failed = excluded.failed, record = excluded.record, "
-                "sidecar = NULL, described = NULL",
-                *(key, position, state.size, state.time, turn, bool(record.error)),
-                record_to_json(record),
-            )
-        self.set_fact("turn", turn)
-        self.set_fact("ends", ends)
-        self._run("COMMIT")
+        with self.transaction():
+            turn = self.fact("turn", 0)
+            for record in records:
+                turn += 1
+                key = key_of(record.image_id)
+                state, position = self._states[key]
+                self._run(
+                    "INSERT INTO images (key, position, size, time, turn, failed, record) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
+                    "position = excluded.position, size = excluded.size, time = excluded.time, "
+                    "turn = excluded.turn, failed = excluded.failed, record = excluded.record, "
+                    "sidecar = NULL, described = NULL",
+                    *(key, position, state.size, state.time, turn, bool(record.error)),
+                    record_to_json(record),
+                )
+                del self._states[key]  # now that ``entry`` knows it, in other threads too
+            self.set_fact("turn", turn)
+            self.set_fact("ends", ends)
 
     def records(self) -> Iterator[Record]:
         """Walk through all records, in the order of the listing."""
@@ -216,13 +232,12 @@ class Journal:
 
     def forget_records(self) -> None:
         """Have all images captioned again, and the outputs begin anew."""
-        self._begin()
-        self._run(
-            "UPDATE images SET record = NULL, failed = NULL, turn = NULL, sidecar = NULL, "
-            "described = NULL"
-        )
-        self._run("DELETE FROM facts")
-        self._run("COMMIT")
+        with self.transaction():
+            self._run(
+                "UPDATE images SET record = NULL, failed = NULL, turn = NULL, sidecar = NULL, "
+                "described = NULL"
+            )
+            self._run("DELETE FROM facts")
 
     def first_position(self, listing: str) -> int:
         """Return the position of a listing's first image: behind all of the other listings'."""
@@ -245,15 +260,14 @@ class Journal:
 
     def keep_described(self, records: Iterable[Record], described: Iterable[Record]) -> None:
         """Note images whose metadata was dealt with, and the state of those that have it now."""
-        self._begin()
-        for record in records:
-            statement = "UPDATE images SET described = 0 WHERE key = ?"
-            self._run(statement, key_of(record.image_id))
-        for record in described:
-            state = FileState.of(record.path)
-            statement = "UPDATE images SET described = 1, size = ?, time = ? WHERE key = ?"
-            self._run(statement, state.size, state.time, key_of(record.image_id))
-        self._run("COMMIT")
+        with self.transaction():
+            for record in records:
+                statement = "UPDATE images SET described = 0 WHERE key = ?"
+                self._run(statement, key_of(record.image_id))
+            for record in described:
+                state = FileState.of(record.path)
+                statement = "UPDATE images SET described = 1, size = ?, time = ? WHERE key = ?"
+                self._run(statement, state.size, state.time, key_of(record.image_id))
 
     def sidecar(self, path: str) -> tuple[str, str] | None:
         """Return what is known of a text file: its image's key, and the SHA-256 of its content."""
@@ -262,14 +276,13 @@ class Journal:
 
     def keep_sidecars(self, written: Iterable[tuple[Record, str, str]]) -> None:
         """Note text files that are written: their record, path, and SHA-256; "" for one left."""
-        self._begin()
-        for record, path, sha256 in written:
-            key = key_of(record.image_id)
-            if sha256:
-                values = json.dumps(path), key, sha256
-                self._run("INSERT OR REPLACE INTO sidecars VALUES (?, ?, ?)", *values)
-            self._run("UPDATE images SET sidecar = ? WHERE key = ?", bool(sha256), key)
-        self._run("COMMIT")
+        with self.transaction():
+            for record, path, sha256 in written:
+                key = key_of(record.image_id)
+                if sha256:
+                    values = json.dumps(path), key, sha256
+                    self._run("INSERT OR REPLACE INTO sidecars VALUES (?, ?, ?)", *values)
+                self._run("UPDATE images SET sidecar = ? WHERE key = ?", bool(sha256), key)
 
 
 def key_of(image_id: ImageId) -> str:
