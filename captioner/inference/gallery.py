@@ -13,7 +13,7 @@ import secrets
 import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,19 @@ class AttentionMaps:
         words: The caption's words, and ``END`` for its end.
         size: Rows and columns of a map.
         maps: For each word its map, row by row: from 0, its smallest value, to 255, its largest.
+        cut: Side of the square in the image's middle that the maps lie over, as a part of the
+            image's shorter side; 0 where they lie over the whole image.
     """
 
     words: list[str]
     size: tuple[int, int]
     maps: list[list[int]]
+    cut: float
 
     END = "·"
 
     @classmethod
-    def of(cls, caption: Caption) -> "AttentionMaps | None":
+    def of(cls, caption: Caption, cut: float) -> "AttentionMaps | None":
         """Return the maps of a caption that ``Captioner.describe`` gave with its attention."""
         if caption.attention is None:
             return None
@@ -58,7 +61,7 @@ class AttentionMaps:
         scaled = 255 * (1 - (most - maps) / (most - least).clamp(min=1e-9))
         words = [*caption.text.split(), cls.END][: len(maps)]
         height, width = maps.shape[1:]
-        return cls(words, (height, width), scaled.flatten(1).round().int().tolist())
+        return cls(words, (height, width), scaled.flatten(1).round().int().tolist(), cut)
 
 
 # Gives the maps of some images; None for one that has none.
@@ -72,6 +75,9 @@ def attention_of(captioner: Captioner, **settings: Any) -> Attention:
         captioner: The captioner.
         settings: Of the search, as the captions were found by.
     """
+    preprocessing = captioner.model.encoder.preprocessing
+    is_cut = preprocessing.resize == "crop"
+    cut = preprocessing.image_size / preprocessing.resize_size if is_cut else 0.0
 
     def maps(records: Sequence[Record]) -> list[AttentionMaps | None]:
         paths = [record.path for record in records]
@@ -82,7 +88,7 @@ def attention_of(captioner: Captioner, **settings: Any) -> Attention:
             return [None] * len(records)
         # A caption that is found otherwise now has nothing to do with the one that is shown.
         return [
-            AttentionMaps.of(best[0]) if best[0].text == record.captions[0].text else None
+            AttentionMaps.of(best[0], cut) if best[0].text == record.captions[0].text else None
             for record, best in zip(records, found, strict=True)
         ]
 
@@ -183,7 +189,7 @@ def _write_thumbnail(folder: Path, record: Record) -> None:
 
 
 def _write_maps(folder: Path, key: str, maps: AttentionMaps) -> None:
-    content = _json({"words": maps.words, "size": maps.size, "maps": maps.maps})
+    content = _json(asdict(maps))
     with atomic_write(folder / f"{key}.js") as file:
         file.write(f'bringAttention("{key}", {content});\n')
 
