@@ -386,7 +386,7 @@ class Listing:
 
 
 class Counter(threading.Thread):
-    """Counts a listing's images beside other work.
+    """Counts a listing's images beside other work, from ``begin`` to the end of a ``with`` block.
 
     Args:
         listing: What is counted; one that can be walked through once isn't.
@@ -397,11 +397,16 @@ class Counter(threading.Thread):
         super().__init__(daemon=True, name="counter")
         self.listing, self.report = listing, report
         self._stopped = threading.Event()
+        self._has_begun = listing.once
 
     def __enter__(self) -> "Counter":
-        if not self.listing.once:
-            self.start()
         return self
+
+    def begin(self) -> None:
+        """Begin to count, the first time that this is called."""
+        if not self._has_begun:
+            self._has_begun = True
+            self.start()
 
     def __exit__(self, *error: object) -> None:
         self._stopped.set()

@@ -257,13 +257,13 @@ class _Job:
         done = sum(self.journal.counts())
         with (
             Progress("captioning", None, "image", hidden=settings.quiet) as bar,
-            Counter(self.listing, lambda count: bar.set_total(max(0, count - done))),
+            Counter(self.listing, lambda count: bar.set_total(max(0, count - done))) as counter,
         ):
-            self._caption_all(bar, signals)
+            self._caption_all(bar, counter, signals)
         self.summary.seconds = time.monotonic() - started
         self._finish()
 
-    def _caption_all(self, bar: Progress, signals: StopSignals) -> None:
+    def _caption_all(self, bar: Progress, counter: Counter, signals: StopSignals) -> None:
         """Caption what isn't yet; each batch reaches the disk while the next is captioned."""
         with ThreadPoolExecutor(1, "writer") as writer:
             writing: Future[None] | None = None
@@ -273,6 +273,7 @@ class _Job:
                         writing.result()
                     writing = writer.submit(self._keep, records)
                     bar.update(len(records), self._note())
+                    counter.begin()  # not sooner: the first caption shouldn't wait for it
                     signals.raise_if_received()
             finally:
                 if writing:

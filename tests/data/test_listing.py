@@ -103,9 +103,12 @@ def test_shards_part_any_listing(folder):
 def test_counting_goes_on_beside(folder, tmp_path):
     counts: list[int] = []
     with Counter(Listing.of_inputs([folder]), counts.append) as counter:
+        counter.begin()
+        counter.begin()
         counter.join()
     assert counts == [len(NAMES)]
     with Counter(Listing.of_list("-"), counts.append) as counter:
+        counter.begin()
         assert not counter.is_alive()
     with pytest.raises(DataError, match="no such file or folder"):
         Listing.of_inputs([tmp_path / "gone"])
