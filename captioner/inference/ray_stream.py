@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from captioner.checkpoint_directory import is_checkpoint, is_pretrained
 from captioner.config import SearchConfig
 from captioner.data.listing import ImageFile, batched
 from captioner.errors import UsageError
@@ -53,7 +54,11 @@ def ray_stream(
     ray = _ray()
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = workers or gpus or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    paths = [os.path.abspath(path) for path in checkpoints]
+    # A captioner of the package is found by its name, wherever the package is on that machine.
+    paths = [
+        str(path) if is_pretrained(path) and not is_checkpoint(path) else os.path.abspath(path)
+        for path in checkpoints
+    ]
     rows = (
         {"images": json.dumps([(i.image_id, i.name, str(i.path)) for i in batch])}
         for batch in batched(images, batch_size or BATCH_SIZE)

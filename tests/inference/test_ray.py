@@ -69,6 +69,16 @@ def test_every_image_comes_once_though_a_worker_dies(checkpoint, tmp_path):
     assert failures["file_name"] == "100.png"
 
 
+def test_the_captioner_of_the_package_is_found_by_each_worker(drawn, tmp_path):
+    """By its name, from another folder than the workers'."""
+    command = words(Path("mobilenet-flickr8k"), [drawn.images], tmp_path / "c.jsonl")
+    done = subprocess.run(
+        [*command, "--ray", "--workers", "1"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == len(drawn.paths)
+
+
 def test_addresses_are_read_by_fsspec(checkpoint, drawn, tmp_path):
     addresses = [f"file://{path}" for path in drawn.paths]
     (tmp_path / "list").write_text("\n".join([*addresses, "file:///nowhere/a.png"]))
