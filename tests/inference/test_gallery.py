@@ -94,7 +94,7 @@ def browser():
 
 
 def visible(tab) -> list[str]:
-    return tab.locator(".card:not([hidden]) b").all_inner_texts()
+    return tab.locator(".card:not([hidden]) b").all_text_contents()
 
 
 def wait_until(tab, expression: str) -> None:
@@ -140,7 +140,7 @@ def test_search_order_and_overlay(browser, page):
     wait_until(tab, "picture.naturalWidth > 0")  # its thumbnail
     tab.locator("#close").click()
     tab.select_option("#order", "name")
-    assert tab.locator(".card small").first.inner_text() == names[0]
+    assert tab.locator(".card small").first.text_content() == names[0]
     back = "getComputedStyle(document.body).backgroundColor"
     before = tab.evaluate(back)
     tab.locator("#theme").click()
