@@ -42,25 +42,25 @@ class Products(TorchDispatchMode):
     """Records the matrix products within its context, backwards too, to run them alone.
 
     Attributes:
-        calls: (operation, its arguments).
+        calls: (operation, its arguments, those with names).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, list[Any]]] = []
+        self.calls: list[tuple[Any, list[Any], dict[str, Any]]] = []
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function.overloadpacket.__name__ in PRODUCTS:
-            self.calls.append((function, list(args)))
+            self.calls.append((function, list(args), kwargs or {}))
         return function(*args, **(kwargs or {}))
 
     @torch.inference_mode()
     def run(self) -> None:
         """Compute them once more."""
-        for function, operands in self.calls:
-            function(*operands)
+        for function, operands, named in self.calls:
+            function(*operands, **named)
 
 
 def products_alone(
@@ -88,12 +88,12 @@ def products_alone(
             live = int((token_ids != PAD).sum())
             with Products() as products:
                 result = super().step(token_ids, state, memory)
-            for function, operands in products.calls:
+            for function, operands, named in products.calls:
                 if function.overloadpacket.__name__ != "bmm":  # that is one for each image
                     rows = operands[0].flatten(0, -2)
                     if len(rows) != live:  # those that have ended are among them
                         operands[0] = rows[: len(rows) * live // token_ids.numel()]
-                recorded.calls.append((function, operands))
+                recorded.calls.append((function, operands, named))
             return result
 
     for batch in features:
