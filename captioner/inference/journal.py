@@ -115,7 +115,11 @@ class Journal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._connection.close()
+        try:
+            if self._connection.in_transaction:  # since the last image that ``move`` was given
+                self._run("COMMIT")
+        finally:
+            self._connection.close()
 
     def _error(self, error: sqlite3.Error) -> CaptionerError:
         if "locked" in str(error):
@@ -135,11 +139,18 @@ class Journal:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Have all that is kept inside, and what ``move`` left before, on the disk at its end."""
+        """Have all that is kept inside, and what ``move`` left before, on the disk at its end.
+
+        Nothing of both is kept where an error comes out of it.
+        """
         with self._lock:
             self._begin()
-            yield
-            self._run("COMMIT")
+            try:
+                yield
+                self._run("COMMIT")
+            except BaseException:
+                self._connection.rollback()
+                raise
 
     def _begin(self) -> None:
         if not self._connection.in_transaction:
@@ -185,7 +196,7 @@ class Journal:
         return Entry(position, FileState(size, time), turn, bool(failed), sha256)
 
     def move(self, image: ImageFile, position: int) -> None:
-        """Give an image another position; kept with the next ``transaction``."""
+        """Give an image another position; kept with the next ``transaction``, or at the end."""
         with self._lock:
             self._begin()
             key = key_of(image.image_id)

@@ -17,7 +17,9 @@ from conftest import COLOURS, SHAPES, draw
 from run_commands import run_caption
 
 from captioner.commands import caption
+from captioner.data.listing import ImageFile
 from captioner.data.predictions import read_predictions
+from captioner.inference.job import journal_path
 from captioner.inference.journal import Journal
 
 KILLS = int(os.environ.get("CAPTIONER_TEST_KILLS", "3"))
@@ -261,6 +263,24 @@ def test_another_job_is_refused_unless_asked_for(checkpoint, folder, drawn, tmp_
     assert "inputs was" in capsys.readouterr().err
     assert run_caption(checkpoint, drawn.paths[3], output, *options, "--append") == 0
     assert captioned(output)[-2:] == ["new.png", str(drawn.paths[3])]
+
+
+def test_a_run_that_captions_nothing_keeps_what_it_found(checkpoint, folder, tmp_path, capsys):
+    """The places of the images have changed, for one is gone; and the outputs are as they were."""
+    output = tmp_path / "c.jsonl"
+    assert run_caption(checkpoint, folder, output) == 0
+    sorted(folder.iterdir())[0].unlink()
+    assert run_caption(checkpoint, folder, output) == 0
+    name = sorted(os.listdir(folder))[0]
+    with Journal(journal_path(output)) as journal:
+        status = output.stat()
+        assert journal.fact("states") == {"c.jsonl": [status.st_size, status.st_mtime_ns]}
+        assert journal.entry(ImageFile(name, name, folder / name)).position == 0
+    with open(output, "a") as file:
+        file.write("a line by hand\n")
+    capsys.readouterr()
+    assert run_caption(checkpoint, folder, output) == 2
+    assert "was changed since this tool wrote it" in capsys.readouterr().err
 
 
 def test_files_of_others_are_not_overwritten(checkpoint, folder, tmp_path, capsys):
