@@ -5,14 +5,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyexiv2
 import pytest
 from conftest import draw
 from PIL import Image
 from run_commands import run_caption
 
 from captioner.commands import caption
-
-pyexiv2 = pytest.importorskip("pyexiv2")
 
 KINDS = ("jpg", "png", "tif", "webp", "jp2")
 

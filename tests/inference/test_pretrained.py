@@ -16,7 +16,6 @@ from captioner.checkpoint_directory import (
     PRETRAINED_DIR,
     find_checkpoint,
     is_checkpoint,
-    is_pretrained,
     pretrained_captioners,
 )
 from captioner.commands import caption, models
@@ -25,9 +24,6 @@ from captioner.errors import CheckpointError
 from captioner.metrics import compute_metrics
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    not is_pretrained(DEFAULT_NAME), reason="this copy of the package has no trained captioner"
-)
 SAID = f"captioning with {DEFAULT_NAME}, which comes with the package: no other was named\n"
 
 

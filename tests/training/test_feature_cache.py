@@ -523,7 +523,7 @@ def test_too_little_room_is_said_before_anything_is_encoded(encoder, paths, tmp_
 @pytest.fixture
 def limit_file_size():
     """What lets files grow to so many bytes and no further, until the test ends."""
-    resource = pytest.importorskip("resource")  # POSIX
+    resource = pytest.importorskip("resource", reason="POSIX alone limits memory")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
