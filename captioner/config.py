@@ -201,6 +201,8 @@ class DecoderConfig:
         output_norm: Normalise the recurrent state that a word is predicted from.
         tie_output: The output layer's weights are the word vectors (Press and Wolf 2017).
         dropout: Share of units dropped before, between and after the recurrent layers.
+        recurrent_dropout: Share of units dropped of the h that a recurrent layer takes from the
+            step before, at each step anew; what it remembers is kept (Semeniuta et al. 2016).
         attention_regularisation: Weight of the doubly stochastic term (Xu et al. 2015, eq. 14).
         recurrent_initialisation: What the recurrent weights of each gate begin with; "identity"
             with rnn_relu is the IRNN (Le et al. 2015).
@@ -221,6 +223,7 @@ class DecoderConfig:
     output_norm: bool = False
     tie_output: bool = False
     dropout: float = 0.5
+    recurrent_dropout: float = 0.0
     attention_regularisation: float = 1.0
     recurrent_initialisation: Initialisation = "orthogonal"
     forget_bias: float = 1.0
@@ -235,6 +238,7 @@ class DecoderConfig:
         if not math.isfinite(self.forget_bias):
             raise expected_error(self, "forget_bias", "a finite number")
         check_share(self, "dropout")
+        check_share(self, "recurrent_dropout")
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,8 @@ class TrainingConfig:
         scheduled_sampling: Share of the words fed in cross-entropy training that the model draws
             itself (Bengio et al. 2015): it rises evenly from 0 to this at the last step, and takes
             a second pass through the decoder.
+        word_dropout: Share of the words fed in cross-entropy training that are replaced by UNK
+            (Bowman et al. 2016), so that more is learnt from the image.
         average_decay: Validation and ``best`` take a moving average of the weights: at each step so
             much of the average stays (0.99, say), less in the first steps; 0 takes the weights
             themselves.
@@ -294,6 +300,7 @@ class TrainingConfig:
     accumulation_steps: int = 1
     label_smoothing: float = 0.1
     scheduled_sampling: float = 0.0
+    word_dropout: float = 0.0
     average_decay: float = 0.0
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"
@@ -315,6 +322,7 @@ class TrainingConfig:
         check_positive(self, "learning_rate")
         check_share(self, "label_smoothing")
         check_share(self, "scheduled_sampling")
+        check_share(self, "word_dropout")
         check_share(self, "average_decay")
 
 
@@ -347,6 +355,24 @@ class SelfCriticalConfig:
         check_share(self, "cross_entropy_share")
         if not self.cider_weight and not self.bleu_weight:
             raise ConfigError("self_critical: cider_weight and bleu_weight are both 0")
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Learning from trained models too, in cross-entropy training: see ``training.distillation``.
+
+    Attributes:
+        teachers: Checkpoints (``runs/a/best``) with the same words and preprocessing, whose mean is
+            learnt from; none: people's captions alone.
+        share: Share (0 to 1) of the loss that is with the teachers' words in place of people's.
+    """
+
+    teachers: tuple[str, ...] = ()
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        check_between(self, share=(0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -405,6 +431,7 @@ class Config:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -45,6 +45,7 @@ class AdaptiveAttention(Decoder):
             config.dropout,
             config.recurrent_initialisation,
             config.forget_bias,
+            config.recurrent_dropout,
         )
         self.word_projection, self.image_projection = self.cells.input_projections(words, words)
         self.word_gate, self.image_gate = (nn.Linear(words, hidden, bias=i == 0) for i in range(2))

@@ -117,8 +117,9 @@ class _PackedRecurrence(nn.Module):
         return x.new_zeros((*x.shape[:-1], *self._sizes)).unbind(-2)
 
     def step(self, projected: Tensor, state: State) -> State:
+        kept = nn.Identity()  # nothing is dropped in search
         return step_layers(
-            self._cell, projected, state, self._from_hidden, self._from_below, nn.Identity()
+            self._cell, projected, state, self._from_hidden, self._from_below, kept, kept
         )
 
 

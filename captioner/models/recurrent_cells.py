@@ -103,6 +103,7 @@ def step_layers(
     from_hidden: Sequence[Layer],
     from_below: Sequence[Layer],
     dropout: Layer,
+    recurrent_dropout: Layer,
 ) -> State:
     """Take one step through all layers.
 
@@ -113,6 +114,8 @@ def step_layers(
         from_hidden: W_h h + b' of each layer.
         from_below: W_x x + b of each layer after the first, whose input is the h below.
         dropout: Applied to the h that goes up to the next layer.
+        recurrent_dropout: Applied to the h(t-1) that W_h takes, at each step anew; the state itself
+            is kept whole, so that nothing is forgotten (Semeniuta et al. 2016).
 
     Returns:
         The new state.
@@ -123,7 +126,8 @@ def step_layers(
         layer_state = state[number * per_layer : (number + 1) * per_layer]
         if number:
             projected = from_below[number - 1](dropout(new_state[-per_layer]))
-        new_state += CELL_STEPS[cell](projected, project_hidden(layer_state[0]), layer_state, None)
+        hidden = project_hidden(recurrent_dropout(layer_state[0]))
+        new_state += CELL_STEPS[cell](projected, hidden, layer_state, None)
     return tuple(new_state)
 
 
@@ -139,6 +143,8 @@ class CellStack(nn.Module):
         dropout: Share of units dropped between the layers.
         initialisation: Of the recurrent weights, one of ``INITIALISATIONS``.
         forget_bias: What the bias of the LSTM's forget gate begins with.
+        recurrent_dropout: Share of units dropped of the h that each layer takes from the step
+            before.
     """
 
     def __init__(
@@ -149,6 +155,7 @@ class CellStack(nn.Module):
         dropout: float = 0.0,
         initialisation: str = "orthogonal",
         forget_bias: float = 1.0,
+        recurrent_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.cell, self.hidden_size, self.forget_bias = cell, hidden_size, forget_bias
@@ -161,7 +168,7 @@ class CellStack(nn.Module):
         self.from_below = nn.ModuleList(
             self.input_projections(hidden_size)[0] for _ in range(layers - 1)
         )
-        self.dropout = Dropout(dropout)
+        self.dropout, self.recurrent_dropout = Dropout(dropout), Dropout(recurrent_dropout)
 
     def input_projections(self, *sizes: int) -> list[nn.Linear]:
         """Return W_x of a layer, cut into one linear layer for each part of its input.
@@ -183,7 +190,13 @@ class CellStack(nn.Module):
     def step(self, projected: Tensor, state: State) -> State:
         """Take one step: see ``step_layers``."""
         return step_layers(
-            self.cell, projected, state, list(self.from_hidden), list(self.from_below), self.dropout
+            self.cell,
+            projected,
+            state,
+            list(self.from_hidden),
+            list(self.from_below),
+            self.dropout,
+            self.recurrent_dropout,
         )
 
 

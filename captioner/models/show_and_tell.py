@@ -35,6 +35,7 @@ class ShowAndTell(Decoder):
             return_sequences=True,
             initialisation=config.recurrent_initialisation,
             forget_bias=config.forget_bias,
+            recurrent_dropout=config.recurrent_dropout,
         )
         self.output = self.output_layer(config.hidden_size)
 
@@ -67,8 +68,14 @@ class ShowAndTell(Decoder):
         real: Tensor,
         bptt_window: int,
         trace: list[State] | None = None,
-    ) -> tuple[tuple[Tensor], Tensor, None]:
-        """Run all steps in one fused call; see ``Decoder.run_sequence``."""
+    ) -> tuple[tuple[Tensor, ...], Tensor, None]:
+        """Run all steps in one fused call; see ``Decoder.run_sequence``.
+
+        Recurrent dropout, which no fused module has, takes single steps.
+        """
+        if self.training and self.config.recurrent_dropout:
+            outputs, positions, _ = self.run_steps(inputs, state, memory, real, bptt_window)
+            return outputs, positions, None
         words = self.dropout(self.embedding(inputs.flatten(0, 1)))  # (B * K, T, E)
         hidden = self.recurrence(words, self.recurrence.stack_state(state), bptt_window=bptt_window)
         return (hidden[real.flatten(0, 1)],), real.nonzero(), None

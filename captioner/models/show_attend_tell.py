@@ -29,6 +29,7 @@ class ShowAttendTell(Decoder):
             config.dropout,
             config.recurrent_initialisation,
             config.forget_bias,
+            config.recurrent_dropout,
         )
         self.word_projection, self.context_projection = self.cells.input_projections(
             config.embedding_size, width

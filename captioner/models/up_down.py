@@ -36,6 +36,7 @@ class UpDown(Decoder):
             hidden,
             initialisation=config.recurrent_initialisation,
             forget_bias=config.forget_bias,
+            recurrent_dropout=config.recurrent_dropout,
         )
         self.attention_cell, self.language_cell = make_cell(), make_cell()
         self.word_projection, self.image_projection, self.language_projection = (

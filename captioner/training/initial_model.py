@@ -16,7 +16,10 @@ from captioner.models.encoder import make_encoder, make_preprocessing
 from captioner.progress import log_line
 
 # Settings of a decoder that its weights don't depend on; all others must be the checkpoint's.
-FREE_OF_WEIGHTS = {"dropout", "attention_regularisation", "recurrent_initialisation", "forget_bias"}
+FREE_OF_WEIGHTS = {
+    *("dropout", "recurrent_dropout", "attention_regularisation"),
+    *("recurrent_initialisation", "forget_bias"),
+}
 
 
 def check_something_is_learnt(config: Config) -> None:

@@ -26,6 +26,7 @@ from captioner.metrics.scores import compute_metrics
 from captioner.models.captioning_model import CaptioningModel, generate
 from captioner.models.checkpoint import save_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
+from captioner.models.inference_encoder import InferenceEncoder
 from captioner.progress import Progress, log_line
 from captioner.stopping import StopSignals
 from captioner.training.averaging import make_average
@@ -293,12 +294,11 @@ class Trainer:
         captions: dict[ImageId, str] = dict.fromkeys(dataset.image_ids, "")
         model = self.evaluated_model
         decoder = InferenceDecoder(model.decoder, self.precision)
+        cnn = None if model.encoder.frozen else InferenceEncoder(model.encoder, self.precision)
         with Progress("validation", len(dataset), "image") as bar:
             for indices, x in inputs.batches(batches):
                 if indices:
-                    model.eval()
-                    with torch.inference_mode():
-                        features = model.features(x, self.precision)
+                    features = cnn(x) if cnn else model.features(x, self.precision)
                     hypotheses = generate([decoder], [features], model.search, model.vocabulary)
                     best = model.best_captions(hypotheses)
                     captions |= zip((dataset.image_ids[i] for i in indices), best, strict=True)

@@ -126,7 +126,7 @@ def test_weights_that_are_loaded_later_count():
         other = {k: v * 1.01 for k, v in other.items()}
         after = encoder.train()(PIXELS)
         assert (after - before).abs().max() > 0.01
-        torch.testing.assert_close(after, encoder.eval()(PIXELS), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(after, encoder.eval()(PIXELS), rtol=1e-3, atol=5e-4)
 
 
 def test_on_a_cpu_it_trains_in_float32():
