@@ -64,8 +64,9 @@ def _replace_layers(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, PackedLinear(child.weight, child.bias, dtype))
         elif isinstance(child, RecurrentStack):
             setattr(module, name, _PackedRecurrence(child, dtype))
-        elif isinstance(child, AdditiveAttention) and child.key.weight.device.type == "cpu":
-            setattr(module, name, _PowerAttention(child, dtype))
+        elif isinstance(child, AdditiveAttention):
+            if child.key.weight.device.type == "cpu":
+                setattr(module, name, _PowerAttention(child, dtype))
         else:
             _replace_layers(child, dtype)
 

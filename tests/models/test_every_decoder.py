@@ -1,5 +1,6 @@
 """Every decoder works everywhere: exact search, attention maps, checkpoints, the precisions."""
 
+import copy
 import itertools
 
 import pytest
@@ -136,3 +137,20 @@ def test_maps_sum_to_1_and_a_checkpoint_brings_all_of_it_back(kind, tiny_model, 
                 sums = torch.as_tensor(maps).flatten(1).sum(1)
                 torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-4)
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(("kind", "cell"), KINDS_AND_CELLS)
+def test_search_on_another_device_than_the_cpu_takes_the_same_steps(kind, cell):
+    """What only a CPU has, such as packed weights, must be asked of nothing else."""
+    decoder = make(kind, cell)
+    on_cpu, elsewhere = (
+        InferenceDecoder(copy.deepcopy(decoder).to(device), torch.float64)
+        for device in ("cpu", "meta")
+    )
+    shapes = []
+    for search, device in ((on_cpu, "cpu"), (elsewhere, "meta")):
+        state, memory = search.init_state(torch.zeros(2, REGIONS, WIDTH, device=device))
+        logits, state = search.step(torch.full((2, 1), BOS, device=device), state, memory)
+        assert logits.device.type == device
+        shapes.append([tuple(part.shape) for part in (logits, *state)])
+    assert shapes[0] == shapes[1]
