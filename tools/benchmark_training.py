@@ -74,6 +74,7 @@ class BareLSTM(nn.Module):
 
     def loss(self, token_ids: Tensor) -> Tensor:
         """Return the cross-entropy of captions (B, K, T + 1)."""
+        token_ids = token_ids.to(self.output.weight.device, non_blocking=True)
         inputs, targets = token_ids[..., :-1].flatten(0, 1), token_ids[..., 1:].flatten(0, 1)
         real = targets != PAD
         logits = self.output(self.lstm(self.embedding(inputs))[0][real])
@@ -107,7 +108,7 @@ class _Training:
         captions = encode_captions(dataset, model.vocabulary)
         plan = TrainingBatches(captions, batch_size, CAPTIONS_PER_IMAGE, 0, 40)
         batches = [batch.token_ids for epoch in range(2) for batch in plan.epoch(epoch)]
-        self.batches = [token_ids.to(self.device) for token_ids in batches[:steps]]
+        self.batches = batches[:steps]  # on the CPU, as training has them
         regions, width = model.encoder.grid_shape
         config = model.decoder.config
         self.learner: Decoder | BareLSTM

@@ -13,6 +13,7 @@ from captioner.data.vocabulary import BOS, PAD
 from captioner.errors import ConfigError
 from captioner.models.captioning_model import make_decoder
 from captioner.models.inference_decoder import InferenceDecoder
+from captioner.models.recurrent_cells import CellStack, states_per_layer
 
 VOCABULARY, WIDTH, REGIONS = 12, 6, 5
 OPTIONS = {
@@ -165,3 +166,27 @@ def test_impossible_values_are_refused(settings, message):
 def test_heads_without_attention_are_refused():
     with pytest.raises(ConfigError, match=r"^decoder.attention_heads: .*show_and_tell.* found 2"):
         make("show_and_tell", attention_heads=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recurrent_dropout_is_for_training_alone(kind):
+    plain, dropping = make(kind), make(kind, recurrent_dropout=0.5)
+    dropping.load_state_dict(plain.state_dict())
+    expected = plain.train().teacher_forcing(features(), TOKEN_IDS)
+    first, second = (dropping.train().teacher_forcing(features(), TOKEN_IDS) for _ in range(2))
+    assert not torch.allclose(first.logits, second.logits)
+    output = dropping.eval().teacher_forcing(features(), TOKEN_IDS)
+    places = {tuple(place): row for row, place in enumerate(output.positions.tolist())}
+    rows = [places[tuple(place)] for place in expected.positions.tolist()]
+    torch.testing.assert_close(output.logits[rows], expected.logits)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_recurrent_dropout_forgets_nothing(cell):
+    """What a gate keeps stays whole, however much of h(t-1) is dropped before W_h."""
+    cells = CellStack(cell, 6, recurrent_dropout=0.9).double()
+    keeping = torch.zeros(1, 1, 24 if cell == "lstm" else 18, dtype=torch.float64)
+    keeping[..., :6] = -100.0  # the LSTM's input gate, the GRU's reset gate
+    keeping[..., 6:12] = 100.0  # the forget gate, the update gate
+    state = tuple(torch.randn(1, 1, 6, dtype=torch.float64) for _ in range(states_per_layer(cell)))
+    torch.testing.assert_close(cells.step(keeping, state)[-1], state[-1])
