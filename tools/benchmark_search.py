@@ -52,9 +52,13 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if function.overloadpacket.__name__ in PRODUCTS:
-            self.calls.append((function, list(args), kwargs or {}))
-        return function(*args, **(kwargs or {}))
+            named = {name: value for name, value in kwargs.items() if name != "out"}
+            # Into a tensor of its own: rows of the operands may be left out later.
+            alone = function.overloadpacket.default if "out" in kwargs else function
+            self.calls.append((alone, list(args), named))
+        return function(*args, **kwargs)
 
     @torch.inference_mode()
     def run(self) -> None:
