@@ -30,6 +30,7 @@ def model_of(tiny_model, kind, stage="all"):
 
 
 def saved(model, path):
+    path.mkdir()
     save_checkpoint(model, path, {})
     return str(path)
 
