@@ -268,8 +268,6 @@ class TrainingConfig:
         scheduled_sampling: Share of the words fed in cross-entropy training that the model draws
             itself (Bengio et al. 2015): it rises evenly from 0 to this at the last step, and takes
             a second pass through the decoder.
-        word_dropout: Share of the words fed in cross-entropy training that are replaced by UNK
-            (Bowman et al. 2016), so that more is learnt from the image.
         average_decay: Validation and ``best`` take a moving average of the weights: at each step so
             much of the average stays (0.99, say), less in the first steps; 0 takes the weights
             themselves.
@@ -300,7 +298,6 @@ class TrainingConfig:
     accumulation_steps: int = 1
     label_smoothing: float = 0.1
     scheduled_sampling: float = 0.0
-    word_dropout: float = 0.0
     average_decay: float = 0.0
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"
@@ -322,7 +319,6 @@ class TrainingConfig:
         check_positive(self, "learning_rate")
         check_share(self, "label_smoothing")
         check_share(self, "scheduled_sampling")
-        check_share(self, "word_dropout")
         check_share(self, "average_decay")
 
 
@@ -355,24 +351,6 @@ class SelfCriticalConfig:
         check_share(self, "cross_entropy_share")
         if not self.cider_weight and not self.bleu_weight:
             raise ConfigError("self_critical: cider_weight and bleu_weight are both 0")
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """Learning from trained models too, in cross-entropy training: see ``training.distillation``.
-
-    Attributes:
-        teachers: Checkpoints (``runs/a/best``) with the same words and preprocessing, whose mean is
-            learnt from; none: people's captions alone.
-        share: Share (0 to 1) of the loss that is with the teachers' words in place of people's.
-    """
-
-    teachers: tuple[str, ...] = ()
-    share: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        check_between(self, share=(0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -431,7 +409,6 @@ class Config:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

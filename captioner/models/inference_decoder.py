@@ -22,7 +22,7 @@ from captioner.models.attention import AdditiveAttention, attend
 from captioner.models.decoder import Decoder, Memory, State, TiedLinear
 from captioner.models.packed_linear import PackedLinear, round_rows
 from captioner.models.recurrent import RecurrentStack
-from captioner.models.recurrent_cells import states_per_layer, step_layers
+from captioner.models.recurrent_cells import KEEP_ALL, Layer, states_per_layer, step_layers
 
 
 class InferenceDecoder:
@@ -117,10 +117,9 @@ class _PackedRecurrence(nn.Module):
     def zero_state(self, x: Tensor) -> State:
         return x.new_zeros((*x.shape[:-1], *self._sizes)).unbind(-2)
 
-    def step(self, projected: Tensor, state: State) -> State:
-        kept = nn.Identity()  # nothing is dropped in search
+    def step(self, projected: Tensor, state: State, dropout: Layer = KEEP_ALL) -> State:
         return step_layers(
-            self._cell, projected, state, self._from_hidden, self._from_below, kept, kept
+            self._cell, projected, state, self._from_hidden, self._from_below, KEEP_ALL, dropout
         )
 
 

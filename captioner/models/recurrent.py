@@ -13,12 +13,13 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from captioner.device import without_autocast
-from captioner.models.dropout import Dropout
 from captioner.models.recurrent_cells import (
     CELL_STEPS,
     CELLS,
     INITIALISATIONS,
+    KEEP_ALL,
     Gates,
+    Layer,
     State,
     initialise_bias,
     initialise_gates,
@@ -62,8 +63,6 @@ class RecurrentStack(nn.Module):
         return_state: As in Keras: return the last state too.
         initialisation: Of the recurrent weights, one of ``INITIALISATIONS``.
         forget_bias: What the bias of the LSTM's forget gate begins with.
-        recurrent_dropout: Share of units dropped of the h that each layer takes from the step
-            before; in single steps alone.
 
     Attributes:
         fused: torch.nn's module.
@@ -80,11 +79,9 @@ class RecurrentStack(nn.Module):
         return_state: bool = False,
         initialisation: str = "orthogonal",
         forget_bias: float = 1.0,
-        recurrent_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.cell, self.hidden_size = cell, hidden_size
-        self.recurrent_dropout = Dropout(recurrent_dropout)
         self.return_sequences, self.return_state = return_sequences, return_state
         self.fused = _fused_module(cell, input_size, hidden_size, layers, dropout)
         for input_weight, input_bias, weight, bias in self.layer_weights():
@@ -111,7 +108,7 @@ class RecurrentStack(nn.Module):
         weight, bias, *_ = self.layer_weights()[0]
         return linear(x, weight, bias)
 
-    def step(self, projected: Tensor, state: State) -> State:
+    def step(self, projected: Tensor, state: State, recurrent_dropout: Layer = KEEP_ALL) -> State:
         """Take one step by the equations: see ``step_layers``."""
         weights = self.layer_weights()
         return step_layers(
@@ -121,7 +118,7 @@ class RecurrentStack(nn.Module):
             [partial(linear, weight=layer[2], bias=layer[3]) for layer in weights],
             [partial(linear, weight=layer[0], bias=layer[1]) for layer in weights[1:]],
             partial(nn.functional.dropout, p=self.fused.dropout, training=self.training),
-            self.recurrent_dropout,
+            recurrent_dropout,
         )
 
     def zero_state(self, x: Tensor) -> State:

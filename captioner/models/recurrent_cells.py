@@ -94,6 +94,7 @@ CELL_STEPS: dict[str, Callable[[Tensor, Tensor, State, Gates | None], State]] = 
 GATE_COUNTS = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 Layer = Callable[[Tensor], Tensor]
+KEEP_ALL: Layer = nn.Identity()  # a dropout that drops nothing
 
 
 def step_layers(

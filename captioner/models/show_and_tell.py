@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from captioner.config import DecoderConfig
 from captioner.errors import ConfigError
 from captioner.models.decoder import Decoder, Memory, State, StepOutput
+from captioner.models.dropout import Dropout
 from captioner.models.recurrent import RecurrentStack
 from captioner.models.recurrent_cells import states_per_layer
 
@@ -35,8 +36,8 @@ class ShowAndTell(Decoder):
             return_sequences=True,
             initialisation=config.recurrent_initialisation,
             forget_bias=config.forget_bias,
-            recurrent_dropout=config.recurrent_dropout,
         )
+        self.recurrent_dropout = Dropout(config.recurrent_dropout)
         self.output = self.output_layer(config.hidden_size)
 
     def init_state(self, features: Tensor) -> tuple[State, Memory]:
@@ -58,7 +59,7 @@ class ShowAndTell(Decoder):
         return StepOutput((state[-states_per_layer(self.config.cell)],), state)
 
     def _advance(self, _: Tensor, projected: Tensor, *state: Tensor) -> State:
-        return self.recurrence.step(projected, state)
+        return self.recurrence.step(projected, state, self.recurrent_dropout)
 
     def run_sequence(
         self,

@@ -1,9 +1,8 @@
 """What training minimises: cross-entropy with people's captions, or the reward of sampled ones."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,9 +15,8 @@ from captioner.metrics.reward import CaptionReward
 from captioner.models.captioning_model import CaptioningModel
 from captioner.models.decoder import DecoderOutput
 from captioner.models.inference_decoder import InferenceDecoder
-from captioner.training.distillation import Teachers
 from captioner.training.losses import caption_loss
-from captioner.training.scheduled_sampling import drop_words, mix_inputs
+from captioner.training.scheduled_sampling import mix_inputs
 from captioner.training.self_critical import Samples, sample_captions, self_critical_loss
 
 
@@ -71,8 +69,6 @@ class Objective(ABC):
         text = f"cross-entropy, label smoothing {training.label_smoothing:g}"
         if training.scheduled_sampling:
             text += f", scheduled sampling up to {training.scheduled_sampling:g}"
-        if training.word_dropout:
-            text += f", word dropout {training.word_dropout:g}"
         return text
 
     @abstractmethod
@@ -88,12 +84,7 @@ class Objective(ABC):
         """
 
     def cross_entropy(
-        self,
-        features: Tensor,
-        token_ids: Tensor,
-        counts: "Counts",
-        sampled: float = 0.0,
-        teach: Callable[[Tensor], Tensor] | None = None,
+        self, features: Tensor, token_ids: Tensor, counts: "Counts", sampled: float = 0.0
     ) -> Tensor:
         """Return the loss of captions under teacher forcing, as a batch's part of a step.
 
@@ -102,7 +93,6 @@ class Objective(ABC):
             token_ids: (B, K, T + 1).
             counts: Of the whole step.
             sampled: Share of the words that are fed that are drawn: see ``scheduled_sampling``.
-            teach: Gives what teachers hold likely at positions (tokens, 3), (tokens, V).
         """
         with autocast(self.model.device, self.precision):
             inputs = None
@@ -110,9 +100,6 @@ class Objective(ABC):
                 with torch.no_grad():
                     output = self._teacher_forcing(features, token_ids)
                 inputs = mix_inputs(token_ids.to(features.device), output, sampled)
-            if share := self.config.training.word_dropout:
-                fed = token_ids[..., :-1].to(features.device) if inputs is None else inputs
-                inputs = drop_words(fed, share)
             output = self._teacher_forcing(features, token_ids, inputs)
             return caption_loss(
                 output,
@@ -120,8 +107,6 @@ class Objective(ABC):
                 self.config.decoder.attention_regularisation,
                 counts.tokens,
                 counts.captions,
-                teach(output.positions) if teach else None,
-                self.config.distillation.share,
             )
 
     def _teacher_forcing(
@@ -148,27 +133,7 @@ class Counts:
 
 
 class CrossEntropy(Objective):
-    """Each word of people's captions is predicted from those before it (teacher forcing).
-
-    Args:
-        model: What is trained.
-        config: The experiment.
-        precision: torch.bfloat16 or torch.float32, for matrix products.
-    """
-
-    def __init__(self, model: CaptioningModel, config: Config, precision: torch.dtype) -> None:
-        super().__init__(model, config, precision)
-        paths = config.distillation.teachers
-        self.teachers = Teachers(paths, model, precision) if paths else None
-
-    @property
-    def signature(self) -> str:
-        """See ``Objective.signature``."""
-        text = super().signature
-        if self.teachers:
-            share, count = self.config.distillation.share, len(self.teachers.models)
-            text += f"; share {share:g} with the words of {count} teachers"
-        return text
+    """Each word of people's captions is predicted from those before it (teacher forcing)."""
 
     def compute_gradients(
         self, group: Sequence[TrainingBatch], step: int, progress: float = 0.0
@@ -180,10 +145,7 @@ class CrossEntropy(Objective):
         total = torch.zeros((), device=self.model.device)
         for batch in group:
             features = self.model.features(batch.x, self.precision)
-            teach = None
-            if self.teachers:
-                teach = partial(self.teachers.probabilities, batch.x, batch.token_ids)
-            loss = self.cross_entropy(features, batch.token_ids, counts, sampled, teach)
+            loss = self.cross_entropy(features, batch.token_ids, counts, sampled)
             loss.backward()
             total += loss.detach()
         return StepLoss(total, counts.tokens)

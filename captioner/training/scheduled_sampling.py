@@ -1,15 +1,14 @@
-"""What is fed in training in place of people's words: some are the model's own, or UNK.
+"""Scheduled sampling: in training too, some of the words that are fed are the model's own.
 
-Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099), in the parallel form of Mihaylova and
-Martins 2019 (arXiv 1906.07651): people's captions are fed once, words are drawn from what is
-predicted, and a share of them is fed in place of people's when the loss is computed. Word dropout
-(Bowman et al. 2016, arXiv 1511.06349): a share is fed as UNK. The targets stay people's words.
+Bengio et al. 2015 (arXiv 1506.03099), in the parallel form of Mihaylova and Martins 2019 (arXiv
+1906.07651): people's captions are fed once, words are drawn from what is predicted, and a share of
+them is fed in place of people's when the loss is computed. The targets stay people's words.
 """
 
 import torch
 from torch import Tensor
 
-from captioner.data.vocabulary import BOS, EOS, PAD, UNK
+from captioner.data.vocabulary import BOS, EOS, PAD
 from captioner.models.decoder import DecoderOutput
 
 
@@ -31,15 +30,3 @@ def mix_inputs(token_ids: Tensor, output: DecoderOutput, share: float) -> Tensor
     replaced &= output.targets != EOS
     inputs[image[replaced], caption[replaced], step[replaced] + 1] = drawn[replaced]
     return inputs
-
-
-def drop_words(inputs: Tensor, share: float) -> Tensor:
-    """Return what is fed, (B, K, T), with a share of the words replaced by UNK.
-
-    Args:
-        inputs: Tokens, (B, K, T).
-        share: How many, 0 to 1; each by chance. BOS, EOS and PAD stay.
-    """
-    is_word = (inputs != PAD) & (inputs != BOS) & (inputs != EOS)
-    dropped = torch.rand(inputs.shape, device=inputs.device) < share
-    return torch.where(is_word & dropped, UNK, inputs)

@@ -211,7 +211,7 @@ def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
     assert not mark.exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes (os.mkfifo)")
 def test_pipes_devices_and_sockets_are_no_images(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
     (tmp_path / "device.jpg").symlink_to("/dev/zero")
@@ -395,7 +395,7 @@ print((peak() - before) >> 10)
 def memory_output(tmp_path_factory):
     """What was printed of a PNG that takes 64 MB, and as much when it is converted."""
     if not sys.platform.startswith("linux"):
-        pytest.skip("Linux tells the peak, and limits memory")
+        pytest.skip("needs Linux, which tells the peak of memory and limits it")
     path = tmp_path_factory.mktemp("memory") / "a.png"
     Image.new("RGB", (4000, 4000)).save(path, compress_level=1)
     run = subprocess.run([sys.executable, "-c", MEMORY, path], capture_output=True, text=True)
@@ -466,7 +466,7 @@ def held_together(sizes, processes):
 @pytest.mark.parametrize("processes", [False, True])
 def test_large_images_wait_for_each_other(processes):
     if processes and not hasattr(os, "fork"):
-        pytest.skip("no fork")
+        pytest.skip("needs os.fork")
     mib = 1 << 20
     ceiling = DecodingMemory.BLOCK_BYTES * DecodingMemory.BLOCKS
     assert 400 * mib <= held_together([400 * mib] * 8, processes) <= ceiling

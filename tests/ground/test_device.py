@@ -33,7 +33,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept():
     """The system hands memory out in pages; how many it handed out, it counts."""
 
@@ -143,7 +143,7 @@ def test_no_cgroups_are_no_limit(tmp_path):
     assert free_in_cgroups(tmp_path / "missing", "0::/a\n4:memory:/b\n") > 1 << 60
 
 
-@pytest.mark.skipif(not Path("/proc/self/cgroup").exists(), reason="Linux has cgroups")
+@pytest.mark.skipif(not Path("/proc/self/cgroup").exists(), reason="needs Linux, which has cgroups")
 def test_the_cgroups_of_this_process_can_be_read():
     cgroups = Path("/proc/self/cgroup").read_text()
     free = free_in_cgroups(Path("/sys/fs/cgroup"), cgroups)
@@ -171,7 +171,9 @@ except MemoryError:
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ulimit -v is Linux's")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs Linux: ulimit -v is its own"
+)
 def test_a_limit_on_the_address_space_counts():
     run = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

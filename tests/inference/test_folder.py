@@ -466,7 +466,7 @@ print([best[0].text for best in captions.values()])
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells how much is used")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc/self/statm")
 def test_batches_are_halved_where_memory_runs_out(checkpoint, tmp_path, captioner, drawn):
     """With a real limit on the process's memory."""
     for number in range(3):

@@ -9,7 +9,7 @@ from training_runs import assert_same_weights, read_log
 
 from captioner.config import DecoderConfig, SelfCriticalConfig
 from captioner.data.dataset import pad
-from captioner.data.vocabulary import BOS, EOS, PAD, SPECIAL_WORDS, UNK, Vocabulary
+from captioner.data.vocabulary import BOS, EOS, PAD, SPECIAL_WORDS, Vocabulary
 from captioner.errors import ConfigError
 from captioner.experiment_file import load_config
 from captioner.metrics.reward import CaptionReward
@@ -18,7 +18,7 @@ from captioner.models.checkpoint import load_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.training.averaging import make_average
 from captioner.training.run import train
-from captioner.training.scheduled_sampling import drop_words, mix_inputs
+from captioner.training.scheduled_sampling import mix_inputs
 from captioner.training.self_critical import sample_captions, self_critical_loss
 
 VOCABULARY = Vocabulary([*SPECIAL_WORDS, "a", "dog", "runs"])
@@ -109,11 +109,7 @@ def test_a_captioner_gets_better_by_its_own_captions(experiment, tmp_path):
 
 @pytest.mark.parametrize(
     "objective",
-    [
-        CRITICAL,
-        ["training.scheduled_sampling=0.5", "training.word_dropout=0.2"],
-        ["decoder.recurrent_dropout=0.3"],
-    ],
+    [CRITICAL, ["training.scheduled_sampling=0.5"], ["decoder.recurrent_dropout=0.3"]],
 )
 def test_runs_with_drawn_captions_and_an_average_resume_to_the_same_weights(
     experiment, tmp_path, monkeypatch, objective
@@ -156,16 +152,6 @@ def test_words_that_are_fed_are_replaced_by_drawn_ones(decoder, features):
     share = torch.stack([mix_inputs(token_ids, output, 0.3) == mixed for _ in range(2000)])
     differ = mixed != gold
     assert 0.27 < share[:, differ].float().mean() < 0.33
-
-
-def test_dropped_words_are_fed_as_unknown_and_nothing_else_changes():
-    token_ids = pad([[[4, 5, 6, 4], [5]], [[6, 6], [4, 4, 4]]])[..., :-1]
-    is_word = token_ids >= len(SPECIAL_WORDS)
-    assert torch.equal(drop_words(token_ids, 0.0), token_ids)
-    assert torch.equal(drop_words(token_ids, 1.0), token_ids.masked_fill(is_word, UNK))
-    torch.manual_seed(0)
-    dropped = torch.stack([drop_words(token_ids, 0.3)[is_word] == UNK for _ in range(2000)])
-    assert 0.28 < dropped.float().mean() < 0.32
 
 
 def test_scheduled_sampling_grows_with_progress(experiment, tmp_path):

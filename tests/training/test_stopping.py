@@ -200,7 +200,7 @@ trainer.Trainer.{place} = limited
 LARGE = ["decoder.hidden_size=600", "training.checkpoint_every=2", "training.epochs=1"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells how much is used")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc/self/statm")
 def test_too_little_memory_for_a_batch_is_one_line(experiment, tmp_path, server):
     out = tmp_path / "run"
     setup = SCARCE.format(place="_optimise", step=2)
@@ -217,7 +217,7 @@ def test_too_little_memory_for_a_batch_is_one_line(experiment, tmp_path, server)
     assert state["step"] == 2
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells how much is used")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc/self/statm")
 def test_too_little_memory_for_validation_loses_no_step(experiment, tmp_path, server):
     out = tmp_path / "run"
     setup = SCARCE.format(place="caption", step=6)
