@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from captioner.data.vocabulary import PAD
-from captioner.models.attention import AdditiveAttention, attend
+from captioner.models.attention import MAX_KEY, AdditiveAttention, attend, power
 from captioner.models.decoder import Decoder, Memory, State, TiedLinear
 from captioner.models.packed_linear import PackedLinear, round_rows
 from captioner.models.recurrent import RecurrentStack
@@ -123,11 +123,6 @@ class _PackedRecurrence(nn.Module):
         )
 
 
-# Where keys are nearer to 0 than this, a query beyond 43 makes tanh(k + q) 1 in any precision, and
-# can be taken for 43, so that e^2q doesn't overflow.
-MAX_KEY = 20
-MAX_EXPONENT = 43
-
 # How many numbers of attention, for all pairs of a region and a hypothesis, are made at a time:
 # what a CPU's caches hold.
 ATTENTION_CHUNK = 1 << 20
@@ -150,7 +145,7 @@ class _PowerAttention(nn.Module):
     def prepare(self, features: Tensor) -> tuple[Tensor, ...]:
         """Return the features (B, N, D), the keys' powers (B, N, A), and which are far (B,)."""
         keys = self.key(features)
-        return features, _power(keys), (keys.abs() > MAX_KEY).flatten(1).any(1)
+        return features, power(keys), (keys.abs() > MAX_KEY).flatten(1).any(1)
 
     def forward(
         self, hidden: Tensor, memory: tuple[Tensor, ...], sentinel_key: Tensor | None = None
@@ -158,7 +153,7 @@ class _PowerAttention(nn.Module):
         """See ``AdditiveAttention.forward``."""
         features, powers, far = memory
         query = self.query(hidden)
-        scores = self._scores_of_powers(powers, _power(query))
+        scores = self._scores_of_powers(powers, power(query))
         if far.any():
             keys = self.key(features[far])
             scores[far] = self._scores_of_sums(keys.unsqueeze(1) + query[far].unsqueeze(2))
@@ -178,7 +173,3 @@ class _PowerAttention(nn.Module):
             sums = torch.addcmul(one, key, query)
             chunks.append(linear(sums.reciprocal_(), self.score_weight))
         return torch.cat(chunks)
-
-
-def _power(x: Tensor) -> Tensor:
-    return (2 * x.clamp(-MAX_EXPONENT, MAX_EXPONENT)).exp()

@@ -27,10 +27,14 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("chunk", [1, K * N * A * 2, 1 << 18], ids=["1", "2", "all"])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_chunks_change_neither_scores_nor_gradients(monkeypatch, heads, chunk):
-    """Against the plain form, which autograd differentiates."""
+@pytest.mark.parametrize("scales", [(1, 1), (1, 300), (300, 1), (30, 30), (300, 300)], ids=str)
+def test_chunks_and_powers_change_neither_scores_nor_gradients(monkeypatch, scales, heads, chunk):
+    """Against the plain form, which autograd differentiates; keys near and far, queries too."""
     monkeypatch.setattr(attention_module, "TRAINING_CHUNK", chunk)
     layer = make(heads)
+    with torch.no_grad():
+        layer.key.weight.mul_(scales[0])
+        layer.query.weight.mul_(scales[1])
     features, hidden, _ = inputs()
     wanted = [features, hidden, *layer.parameters()]
     context, weights, _ = layer(hidden, layer.prepare(features))
@@ -95,7 +99,7 @@ def test_bfloat16_takes_tanh_in_float32_on_a_cpu():
     with torch.autocast("cpu", torch.bfloat16):
         memory = layer.prepare(features)
         context, weights, _ = layer(hidden, memory)
-    assert [part.dtype for part in memory] == [torch.bfloat16, torch.float32]
+    assert [part.dtype for part in memory] == [torch.bfloat16, torch.float32, torch.float32]
     assert (context.dtype, weights.dtype) == (torch.bfloat16, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):  # backward under autocast, as some have it
         context.float().sum().backward()
