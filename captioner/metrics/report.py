@@ -74,7 +74,7 @@ def _encode_figure(figure: Any, suffix: str) -> bytes:
     with warnings.catch_warnings():
         # Names in scripts that matplotlib's font lacks show as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(content, format=suffix)
+        figure.savefig(content, format=suffix, dpi=200)
     return content.getvalue()
 
 

@@ -191,9 +191,10 @@ class Decoder(nn.Module, ABC):
         (logits,) = self.active_rows(lambda _, *x: (self.logits(*x),), token_ids, *output)
         return logits, state
 
-    def hidden_states(self, state: State) -> State:
-        """Return h of each recurrent layer, the lowest first."""
-        return state[:: states_per_layer(self.config.cell)]
+    def layer_states(self, state: State) -> list[State]:
+        """Return the state of each recurrent layer, h or h and c, the lowest first."""
+        size = states_per_layer(self.config.cell)
+        return [state[i : i + size] for i in range(0, len(state), size)]
 
     def teacher_forcing(
         self,

@@ -40,13 +40,14 @@ class Unrolled:
     Attributes:
         outputs: h of the top layer at every step, (rows, T, H).
         state: The last state, (L, rows, H) each.
-        hidden: For each layer its h at each step, (rows, H), as the graph holds them.
+        states: For each layer its state at each step, h or h and c, (rows, H) each, as the graph
+            holds them.
         gates: For each layer its gate activations by name, (rows, T, H): see ``CELL_STEPS``.
     """
 
     outputs: Tensor
     state: State
-    hidden: list[list[Tensor]]
+    states: list[list[State]]
     gates: list[dict[str, Tensor]]
 
 
@@ -234,25 +235,21 @@ class RecurrentStack(nn.Module):
         but everything in between can be seen. Arguments are those of ``forward``.
         """
         initial = self._zeros(x) if state is None else state
-        hidden: list[list[Tensor]] = []
+        states: list[list[State]] = []
         gates: list[dict[str, Tensor]] = []
-        last_states: list[State] = []
         for number, weights in enumerate(self.layer_weights()):
             if number:
                 x = nn.functional.dropout(x, self.fused.dropout, self.training)
             layer_state = tuple(part[number] for part in initial)
-            steps, layer_gates, layer_state = self._unroll_layer(
-                x, layer_state, weights, lengths, bptt_window
-            )
-            x = torch.stack(steps, 1)
+            steps, layer_gates = self._unroll_layer(x, layer_state, weights, lengths, bptt_window)
+            x = torch.stack([state[0] for state in steps], 1)
             if lengths is not None:
                 beyond = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
                 x = x.masked_fill(beyond.unsqueeze(2), 0.0)
-            hidden.append(steps)
+            states.append(steps)
             gates.append(layer_gates)
-            last_states.append(layer_state)
-        last = tuple(torch.stack(parts) for parts in zip(*last_states, strict=True))
-        return Unrolled(x, last, hidden, gates)
+        last = tuple(torch.stack(parts) for parts in zip(*(s[-1] for s in states), strict=True))
+        return Unrolled(x, last, states, gates)
 
     def _unroll_layer(
         self,
@@ -261,10 +258,10 @@ class RecurrentStack(nn.Module):
         weights: tuple[Tensor, ...],
         lengths: Tensor | None,
         bptt_window: int,
-    ) -> tuple[list[Tensor], dict[str, Tensor], State]:
-        """Return one layer's h at each step, gates (rows, T, H) by name, and last state."""
+    ) -> tuple[list[State], dict[str, Tensor]]:
+        """Return one layer's state at each step, and its gates (rows, T, H) by name."""
         input_weight, input_bias, weight, bias = weights
-        hidden: list[Tensor] = []
+        states: list[State] = []
         gates: list[Gates] = []
         for t, projected in enumerate(linear(x, input_weight, input_bias).unbind(1)):
             cut = bptt_window and t and t % bptt_window == 0
@@ -277,10 +274,10 @@ class RecurrentStack(nn.Module):
                 pairs = zip(new, state, strict=True)
                 new = tuple(torch.where(real, part, old) for part, old in pairs)
             state = new
-            hidden.append(state[0])
+            states.append(state)
             gates.append(step_gates)
         stacked = {name: torch.stack([step[name] for step in gates], 1) for name in gates[0]}
-        return hidden, stacked, state
+        return states, stacked
 
 
 def _fused_dtype(weight: Tensor) -> torch.dtype:

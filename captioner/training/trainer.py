@@ -33,6 +33,8 @@ from captioner.training.averaging import make_average
 from captioner.training.gradient_flow import (
     LOG_KIND,
     equally_long_captions,
+    flow_numbers,
+    logged_flow,
     measure_gradient_flow,
     plot_gradient_flow,
 )
@@ -260,16 +262,7 @@ class Trainer:
             self.config.training.bptt_window,
         )
         self.log.write(kind=LOG_KIND, step=self.state.step, epoch=self.state.epoch + 1, **flow)
-        self.tracker.log(
-            self.state.step,
-            {
-                f"gradient_flow/{name}/layer{number}/back{back}": layer[back]
-                for name, layers in flow.items()
-                for number, layer in enumerate(layers)
-                for back in (0, 1, 2, 4, 8, 16)
-                if back < len(layer)
-            },
-        )
+        self.tracker.log(self.state.step, flow_numbers(flow))
 
     def _validate(self, val_set: CaptionDataset, val_inputs: Inputs) -> "Validation":
         """Caption freely and score; whatever ends it early, a resumed run begins it anew."""
@@ -345,9 +338,7 @@ class Trainer:
 
     def _finish_run(self) -> None:
         """Draw the gradient flow where it was measured, and keep the best checkpoint in W&B."""
-        measurements = [
-            line for line in read_log(self.output_dir / "log.jsonl") if line["kind"] == LOG_KIND
-        ]
+        measurements = logged_flow(read_log(self.output_dir / "log.jsonl"))
         if measurements:
             path = self.output_dir / "gradient_flow.png"
             try:

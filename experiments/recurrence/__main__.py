@@ -12,7 +12,7 @@ from pathlib import Path
 from captioner.cli import HelpFormatter, Parser, command
 from captioner.errors import CaptionerError
 from captioner.progress import log_line
-from experiments.recurrence import memory, sequences, unshuffle
+from experiments.recurrence import gradients, memory, sequences, unshuffle
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cost import cost, draw_cost
 from experiments.recurrence.study import (
@@ -48,19 +48,34 @@ STUDIES: dict[str, Study] = {
         sequences.time_series, error="root mean squared error / standard deviation"
     ),
     "gradient_distance": Study(
-        memory.gradient_distance,
-        memory.draw_gradient_distance,
-        ("cell", "start"),
-        tuple(f"{distance}_back" for distance in memory.DISTANCES),
+        gradients.gradient_distance,
+        gradients.draw_gradient_distance,
+        ("cell", "start", "of"),
+        tuple(f"{distance}_back" for distance in gradients.DISTANCES),
+    ),
+    "spectral_radius": Study(
+        gradients.spectral_radius,
+        gradients.draw_spectral_radius,
+        ("regime", "radius"),
+        ("50_back", "slope"),
     ),
     "exploding": Study(
-        memory.exploding,
-        memory.draw_exploding,
-        ("cell", "start", "clipping"),
-        ("lost", "largest_norm", "last_loss"),
+        gradients.exploding,
+        gradients.draw_exploding,
+        ("cell", "start", "length", "clipping"),
+        ("lost", "steps", "infinite", "largest_norm", "last_loss"),
+    ),
+    "adding_rates": Study(
+        memory.adding_rates,
+        memory.draw_adding_rates,
+        ("remedy", "rate"),
+        ("solved", "steps", "error"),
     ),
     "adding": Study(
-        memory.adding, memory.draw_adding, ("remedy", "length"), ("solved", "steps", "error")
+        memory.adding,
+        memory.draw_adding,
+        ("remedy", "rate", "length"),
+        ("solved", "steps", "error"),
     ),
     "truncation": Study(
         memory.truncation, memory.draw_truncation, ("cell", "window", "span"), ("accuracy",)

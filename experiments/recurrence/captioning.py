@@ -11,7 +11,7 @@ from captioner.metrics.report import new_figure
 from captioner.metrics.scores import Scores, score
 from captioner.metrics.significance import confidence_interval, paired_test
 from captioner.progress import log_line
-from captioner.training.gradient_flow import LOG_KIND
+from captioner.training.gradient_flow import logged_flow
 from captioner.training.run import train
 from captioner.training.tracking import read_log
 from experiments.recurrence.captions import experiment, load_captions
@@ -68,7 +68,9 @@ def draw_captioning(records: Sequence[Record]) -> Any:
         for record in of_cell:
             label = cell if record["seed"] == 0 else None
             axes.plot(record["flow"], color=f"C{number}", label=label, linewidth=0.9)
-    axes.set(yscale="log", xlabel="steps back from the last word", ylabel="|dL/dh|")
+    axes.set(
+        yscale="log", xlabel="steps back from the last word", ylabel="norm of the state's gradient"
+    )
     axes.legend(fontsize="x-small")
     return figure
 
@@ -102,7 +104,7 @@ def _of_log(folder: Path) -> Record:
     """Return what a run's log says: time, loss, and the flow of gradients in the last epoch."""
     lines = read_log(folder / "log.jsonl")
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    flow = [line["end"][0] for line in lines if line["kind"] == LOG_KIND][-1]
+    flow = logged_flow(lines)[-1]["end"][0]["state"]
     return {
         "train_seconds": sum(line["train_seconds"] for line in epochs),
         "loss": epochs[-1]["loss"],

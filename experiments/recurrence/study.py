@@ -96,15 +96,18 @@ class LastStep(nn.Module):
 
 @dataclass
 class History:
-    """Loss and norm of the gradient (before it is clipped) at each step of a training."""
+    """Loss and norm of the gradient (before it is clipped) at each step of a training.
+
+    A norm may be infinite: what clipping makes of that shows in the loss of the next step.
+    """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
 
     @property
     def diverged(self) -> bool:
-        """Whether it ended in a number that is none."""
-        return not (math.isfinite(self.losses[-1]) and math.isfinite(self.norms[-1]))
+        """Whether it ended in a loss that is no number."""
+        return not math.isfinite(self.losses[-1])
 
 
 def fit(
@@ -133,11 +136,13 @@ def fit(
         loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+        gradients = [each.grad for each in model.parameters() if each.grad is not None]
         history.losses.append(loss.item())
-        history.norms.append(norm.item())
+        history.norms.append(nn.utils.get_total_norm(gradients).item())
         if history.diverged or (done and done(history)):
             break
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         if clip_value:
             nn.utils.clip_grad_value_(model.parameters(), clip_value)
         optimizer.step()
@@ -186,6 +191,31 @@ def batch_of(rows: int, random: np.random.Generator, size: int) -> np.ndarray:
 
 
 # --- tables and pictures ------------------------------------------------------------------------
+
+# One colour per cell in all pictures, told apart by colour-blind people too (Okabe and Ito 2008).
+COLOURS = {"lstm": "#0072B2", "gru": "#009E73", "rnn_tanh": "#D55E00", "rnn_relu": "#CC79A7"}
+
+
+def label_lines(axes: Any, labels: Mapping[str, Any]) -> None:
+    """Write at the right end of lines what they are, in their colours, one below the other.
+
+    Args:
+        axes: Their axes, whose limits are set.
+        labels: The lines by what is to be written.
+    """
+    across = axes.transAxes.inverted()
+    places = []
+    for text, line in labels.items():
+        points = axes.transData.transform(np.stack(line.get_data(), 1).astype(float))
+        points = across.transform(points)
+        seen = points[np.isfinite(points[:, 1]) & (points[:, 1] >= 0) & (points[:, 1] <= 1)]
+        if len(seen):
+            places.append((*seen[-1], text, line.get_color()))
+    bottom = -1.0
+    for x, y, text, colour in sorted(places, key=lambda place: place[1]):
+        bottom = max(y, bottom + 0.06)
+        style = {"color": colour, "fontsize": "x-small", "va": "center"}
+        axes.text(x + 0.01, bottom, text, transform=axes.transAxes, **style)
 
 
 def groups(records: Iterable[Record], keys: Sequence[str]) -> dict[tuple, list[Record]]:
@@ -255,6 +285,32 @@ def draw_lines(
     axes.set_xlabel(x.replace("_", " "))
     axes.set_ylabel(y.replace("_", " "))
     axes.legend(fontsize="x-small")
+
+
+def draw_map(
+    axes: Any, records: Sequence[Record], x: str, y: str, colour: str, number: str
+) -> None:
+    """Draw a map: the mean of ``colour`` in each place, and the mean of ``number`` as text.
+
+    Where no record of a place has a number there is a cross.
+    """
+    columns, rows = ([key for (key,) in groups(records, (name,))] for name in (x, y))
+    by_place = groups(records, (y, x))
+    values = [[mean(by_place[row, column], colour) for column in columns] for row in rows]
+    limits = {"vmin": 0, "vmax": 1} if colour != "error" else {}
+    image = axes.imshow(values, cmap="cividis", aspect="auto", **limits)
+    for (row, column), of_place in by_place.items():
+        value = mean(of_place, number)
+        place = columns.index(column), rows.index(row)
+        text = "x" if math.isnan(value) else _number(value if value < 100 else round(value))
+        shade = image.norm(values[place[1]][place[0]])
+        ink = "black" if math.isfinite(shade) and shade > 0.6 else "white"
+        ink = ink if math.isfinite(shade) else "black"
+        axes.text(*place, text, ha="center", va="center", fontsize="x-small", color=ink)
+    axes.set_xticks(range(len(columns)), [f"{c:g}" if isinstance(c, float) else c for c in columns])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    axes.figure.colorbar(image, ax=axes, label=colour.replace("_", " "), shrink=0.8)
 
 
 def draw_bars(axes: Any, records: Sequence[Record], by: str, y: str, label: str = "") -> None:

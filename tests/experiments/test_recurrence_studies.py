@@ -13,14 +13,17 @@ from PIL import Image
 from torch import nn
 
 from captioner.models.recurrent import RecurrentStack
-from experiments.recurrence import memory, sequences, unshuffle
+from experiments.recurrence import gradients, memory, sequences, unshuffle
 from experiments.recurrence.__main__ import STUDIES, main
 from experiments.recurrence.study import Setting, fit, table, write_page
 
 ROOT = Path(__file__).parents[2]
 FLICKR8K = ROOT.parent / "shared/data/flickr8k"
 WEIGHTS = ROOT.parent / "shared/weights/mobilenet_v2_imagenet.pth"
-GENERATED = ["time_series", "gradient_distance", "exploding", "adding", "truncation", "cost"]
+GENERATED = [
+    *("time_series", "gradient_distance", "spectral_radius", "exploding", "adding_rates", "adding"),
+    *("truncation", "cost"),
+]
 OF_CAPTIONS = ["one_to_one", "many_to_one", "unshuffle", "next_word", "captioning"]
 
 
@@ -95,6 +98,50 @@ def test_counted_models_by_hand():
     unigram = 3 / 10  # 2 of 4 tokens, one added to each of 6 words
     assert found["unigram"] == pytest.approx(1 / unigram)
     assert found["bigram"] == pytest.approx(1 / (0.8 + 0.2 * unigram))
+
+
+def test_a_linear_network_shrinks_gradients_by_its_radius():
+    """Against theory: orthogonal weights times a radius, tanh near 0."""
+    records = gradients.spectral_radius(Setting(Path("unused"), quick=True))
+    for record in records:
+        assert record["50_back"] == pytest.approx(record["share"][-1], rel=1e-3)
+        if record["regime"] == "tanh, input 1e-12":
+            assert record["slope"] == pytest.approx(record["radius"], rel=1e-4)
+        else:  # the derivative of tanh is below 1
+            assert record["slope"] < record["radius"]
+
+
+def test_a_frozen_network_is_left_as_it_began(monkeypatch):
+    """And its output is trained."""
+    seen = []
+
+    def kept(model, *arguments, **options):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        history = fit(model, *arguments, **options)
+        seen.append([bool((a != b).any()) for a, b in zip(before, model.parameters(), strict=True)])
+        return history
+
+    monkeypatch.setattr(memory, "fit", kept)
+    records = memory.truncation(Setting(Path("unused"), quick=True))
+    changed = {record["window"]: row for record, row in zip(records, seen, strict=True)}
+    assert changed["frozen"] == [False] * 4 + [True] * 2
+    assert all(changed["1"])
+
+
+def test_clipping_by_value_outlives_an_infinite_gradient():
+    """Clipping by norm does not: infinity by infinity is no number."""
+    for clip, clip_value, lives in ((1.0, 0.0, False), (0.0, 0.1, True)):
+        model = nn.Linear(1, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def loss_of(step: int, model: nn.Module = model) -> torch.Tensor:
+            answer = model(torch.ones(1, 1)).sum()
+            return answer if step else (answer - answer.detach()) * 1e30 * 1e30
+
+        history = fit(model, loss_of, 3, optimizer, clip, clip_value)
+        assert history.losses[0] == 0
+        assert history.norms[0] == math.inf
+        assert math.isfinite(history.losses[-1]) == lives
 
 
 # --- training and tables ------------------------------------------------------------------------

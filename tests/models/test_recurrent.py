@@ -106,7 +106,7 @@ def test_gates_are_those_of_the_equations(cell):
     stack, x = make(cell), input_of(torch.float64)
     (gates,) = (seen := stack.unroll(x)).gates
     assert list(gates) == GATES[cell]
-    h = torch.stack(seen.hidden[0], 1)
+    h = torch.stack([state[0] for state in seen.states[0]], 1)
     torch.testing.assert_close(h, seen.outputs)
     before = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1)
     if cell == "lstm":

@@ -123,8 +123,9 @@ def test_gradient_flow_reaches_the_first_state(model, vocabulary):
     flow = measure_gradient_flow(model.decoder, features_of(model, 1), token_ids)
     assert token_ids[0, -1] == EOS
     for layers in flow.values():
-        assert [len(layer) for layer in layers] == [5, 5]  # the first state and four steps
-        assert all(norm > 0 for layer in layers for norm in layer[:4])
+        norms = [layer["state"] for layer in layers]
+        assert [len(layer) for layer in norms] == [5, 5]  # the first state and four steps
+        assert all(norm > 0 for layer in norms for norm in layer[:4])
 
 
 def test_checkpoint_brings_it_back(model, tmp_path):

@@ -36,33 +36,56 @@ def test_gradient_norms_by_hand():
     x = torch.zeros(2, 5, 1, dtype=torch.float64)
     x[:, 0] = torch.tensor([[1.0], [3.0]])
     seen = stack.unroll(x)
-    norms = gradient_norms(2 * seen.outputs[:, -1].sum(), seen.hidden)
-    assert norms == [pytest.approx([2 * 0.5**back for back in (4, 3, 2, 1, 0)])]
+    norms = gradient_norms(2 * seen.outputs[:, -1].sum(), seen.states)
+    assert norms == [{"state": pytest.approx([2 * 0.5**back for back in (4, 3, 2, 1, 0)])}]
     cut = stack.unroll(x, bptt_window=2)  # cut after steps 2 and 4
-    norms = gradient_norms(2 * cut.outputs[:, -1].sum(), cut.hidden)
-    assert norms == [pytest.approx([0, 0, 0, 0, 2])]
+    norms = gradient_norms(2 * cut.outputs[:, -1].sum(), cut.states)
+    assert norms == [{"state": pytest.approx([0, 0, 0, 0, 2])}]
     assert all(parameter.grad is None for parameter in stack.parameters())
 
 
 def test_gradient_norms_are_finite_differences():
+    """By h with c held, by c with h moving along, and by both as inputs of the next step."""
+    torch.manual_seed(0)
     stack = RecurrentStack("lstm", 5, 7, return_sequences=True, return_state=True).double()
     x = torch.randn(3, 6, 5, dtype=torch.float64)
     seen = stack.unroll(x)
-    found = gradient_norms(seen.outputs[:, -1].square().sum(), seen.hidden)[0]
+    (found,) = gradient_norms(seen.outputs[:, -1].square().sum(), seen.states)
+    gate = seen.gates[0]["output"][:, 2]
 
     def loss(h, c):
         """Go on from the state after step 3, given there."""
         outputs, _ = stack(x[:, 3:], (h, c))
         return outputs[:, -1].square().sum()
 
+    shifted = {
+        "h": lambda h, c, shift: (h + shift, c),
+        "c given": lambda h, c, shift: (h, c + shift),
+        "c": lambda h, c, shift: (gate * torch.tanh(c + shift), c + shift),
+    }
     with torch.no_grad():
-        _, (h, c) = stack(x[:, :3])
-        numeric = torch.zeros(3, 7, dtype=torch.float64)
-        for row, unit in product(range(3), range(7)):
-            shift = torch.zeros_like(h)
+        _, state = stack(x[:, :3])
+        numeric = {name: torch.zeros(3, 7, dtype=torch.float64) for name in shifted}
+        for (name, move), row, unit in product(shifted.items(), range(3), range(7)):
+            shift = torch.zeros_like(state[0])
             shift[0, row, unit] = 1e-6
-            numeric[row, unit] = (loss(h + shift, c) - loss(h - shift, c)) / 2e-6
-    assert found[2] == pytest.approx(float(numeric.norm(dim=1).mean()), rel=1e-6)
+            change = loss(*move(*state, shift)) - loss(*move(*state, -shift))
+            numeric[name][row, unit] = change / 2e-6
+    numeric["state"] = torch.cat([numeric["h"], numeric["c given"]], 1)
+    for name in ("h", "c", "state"):
+        expected = float(numeric[name].norm(dim=1).mean())
+        assert found[name][2] == pytest.approx(expected, rel=1e-6)
+
+
+def test_small_gradients_are_no_zeros():
+    """Their squares are, in float32."""
+    stack = RecurrentStack("rnn_relu", 1, 1)
+    with torch.no_grad():
+        stack.fused.weight_ih_l0.fill_(1.0)
+        stack.fused.weight_hh_l0.fill_(1e-3)
+    seen = stack.unroll(torch.ones(1, 12, 1))
+    (found,) = gradient_norms(seen.outputs[:, -1].sum(), seen.states)
+    assert found["state"] == pytest.approx([1e-3**back for back in range(11, -1, -1)], rel=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "cell"), KINDS_AND_CELLS)
@@ -79,16 +102,18 @@ def test_gradient_flow_is_that_of_training_and_touches_nothing(kind, cell):
     assert decoder.training
     assert all(parameter.grad is None for parameter in decoder.parameters())
     steps = 5  # BOS and three words, and the first state
-    assert {name: [len(layer) for layer in layers] for name, layers in flow.items()} == {
-        "loss": [steps] * 2,
-        "end": [steps] * 2,
-    }
+    parts = ("state", "h", "c") if cell == "lstm" else ("state",)
+    assert list(flow) == ["loss", "end"]
+    for layers in flow.values():
+        assert [list(layer) for layer in layers] == [list(parts)] * 2
+        assert {len(norms) for layer in layers for norms in layer.values()} == {steps}
+    flow = {name: [layer["state"] for layer in layers] for name, layers in flow.items()}
     # In the last step both are of EOS alone; further back, the loss has more parts.
     for whole, end in zip(flow["loss"], flow["end"], strict=True):
         assert whole[0] == pytest.approx(end[0])
         assert whole[2] != pytest.approx(end[2], rel=1e-3)
     cut = measure_gradient_flow(decoder, features, token_ids, bptt_window=2)["end"]
-    for whole, layer in zip(flow["end"], cut, strict=True):
+    for whole, layer in zip(flow["end"], (layer["state"] for layer in cut), strict=True):
         assert layer[:2] == pytest.approx(whole[:2])
         assert layer[1] > 0
         assert not any(layer[2:])

@@ -382,7 +382,8 @@ def test_gradient_flow_is_logged_and_drawn_and_changes_nothing(experiment, tmp_p
     assert [row["step"] for row in rows] == [3, 6]
     for row in rows:
         assert len(row["loss"]) == len(row["end"]) == 2
-        assert all(value > 0 for layer in row["end"] for value in layer)
+        assert [sorted(layer) for layer in row["end"]] == [["c", "h", "state"]] * 2
+        assert all(value > 0 for layer in row["end"] for norms in layer.values() for value in norms)
     with Image.open(tmp_path / "with/gradient_flow.png") as picture:
         assert picture.width > 300
     assert not (tmp_path / "without/gradient_flow.png").exists()
