@@ -15,6 +15,7 @@ from captioner.progress import log_line
 from experiments.recurrence import gradients, memory, sequences, unshuffle
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cost import cost, draw_cost
+from experiments.recurrence.starts import captioning_starts, draw_captioning_starts
 from experiments.recurrence.study import (
     HERE,
     Record,
@@ -106,8 +107,14 @@ STUDIES: dict[str, Study] = {
             "end_to_image",
         ),
     ),
+    "captioning_starts": Study(
+        captioning_starts,
+        draw_captioning_starts,
+        ("cell", "embedding_scale", "rate", "features"),
+        (*METRICS, "train_loss", "val_loss"),
+    ),
 }
-ALONE = ("cost", "captioning")
+ALONE = ("cost", "captioning", "captioning_starts")
 
 
 @command

@@ -37,8 +37,8 @@ def captioning(setting: Setting) -> list[Record]:
     for cell, seed in product(cells, setting.seeds):
         log_line(f"captioning: {cell}, seed {seed}")
         folder = setting.output / "runs" / f"{cell}_{seed}"
-        _train(setting, cell, seed, folder)
-        scores[cell, seed] = run_scores = _score(setting, folder)
+        train_run(setting, folder, f"decoder.cell={cell}", f"training.seed={seed}")
+        scores[cell, seed] = run_scores = score_run(setting, folder)
         record: Record = {"cell": cell, "seed": seed}
         for metric in METRICS:
             low, high = confidence_interval(run_scores, metric, setting.pick(1000, 50))
@@ -75,9 +75,10 @@ def draw_captioning(records: Sequence[Record]) -> Any:
     return figure
 
 
-def _train(setting: Setting, cell: str, seed: int, folder: Path) -> None:
-    overrides = [f"decoder.cell={cell}", f"training.seed={seed}", f"wandb.mode={setting.wandb}"]
-    overrides += [f"wandb.name={cell}_{seed}", "wandb.project=captioner-recurrence"]
+def train_run(setting: Setting, folder: Path, *settings: str) -> None:
+    """Train ``captioning.toml`` with some settings, or go on where that was stopped."""
+    overrides = [*settings, f"wandb.mode={setting.wandb}"]
+    overrides += [f"wandb.name={folder.name}", "wandb.project=captioner-recurrence"]
     if setting.quick:
         listed = dict(zip(("train", "val"), load_captions(setting)[:2], strict=True))
         for split, captions in listed.items():
@@ -94,7 +95,8 @@ def _train(setting: Setting, cell: str, seed: int, folder: Path) -> None:
     train(experiment(setting, *overrides), folder, resume=True, or_start=True)
 
 
-def _score(setting: Setting, folder: Path) -> Scores:
+def score_run(setting: Setting, folder: Path) -> Scores:
+    """Return the scores of a run's best checkpoint on the validation split."""
     _, val, _ = load_captions(setting)
     hypotheses = read_predictions(folder / "best" / "val_predictions.json")
     return score(hypotheses, val.dataset.references, METRICS)

@@ -42,12 +42,17 @@ class _OneStep(nn.Module):
         return self.read(x.unsqueeze(1))
 
 
+def _feed_forward(width: int, units: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, units), nn.Tanh(), nn.Linear(units, 1))
+
+
 def one_to_one(setting: Setting) -> list[Record]:
     """One to one: is there a dog in this photograph?
 
     From the pooled features of a frozen MobileNetV2; there is a dog where two or more of the five
     captions name one. Nothing here has an order: a recurrence of a single step is a feed-forward
-    layer. The first row always gives the commoner answer; logistic regression is the baseline.
+    layer. The first row always gives the commoner answer; logistic regression is the baseline; the
+    wide feed-forward layer has as many weights as the LSTM.
     """
     train, val, _ = load_captions(setting)
     x, x_val = (pooled_features(setting, split.dataset) for split in (train, val))
@@ -60,7 +65,8 @@ def one_to_one(setting: Setting) -> list[Record]:
     width = x.shape[1]
     models: dict[str, Callable[[], nn.Module]] = {
         "logistic regression": lambda: nn.Linear(width, 1),
-        "feed-forward": lambda: nn.Sequential(nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, 1)),
+        "feed-forward": lambda: _feed_forward(width, 128),
+        "feed-forward, wide": lambda: _feed_forward(width, 563),
         **{f"{cell}, one step": partial(_OneStep, cell, width) for cell in CELLS},
     }
 

@@ -24,7 +24,9 @@ GENERATED = [
     *("time_series", "gradient_distance", "spectral_radius", "exploding", "adding_rates", "adding"),
     *("truncation", "cost"),
 ]
-OF_CAPTIONS = ["one_to_one", "many_to_one", "unshuffle", "next_word", "captioning"]
+OF_CAPTIONS = [
+    *("one_to_one", "many_to_one", "unshuffle", "next_word", "captioning", "captioning_starts"),
+]
 
 
 # --- problems -----------------------------------------------------------------------------------
