@@ -204,6 +204,9 @@ class DecoderConfig:
         recurrent_dropout: Share of units dropped of the h that a recurrent layer takes from the
             step before, at each step anew; what it remembers is kept (Semeniuta et al. 2016).
         attention_regularisation: Weight of the doubly stochastic term (Xu et al. 2015, eq. 14).
+        attributes: So many of the vocabulary's most frequent words are predicted from the image, as
+            further input (see ``models.attributes``); 0 is without.
+        attribute_weight: Weight of their binary cross-entropy, summed over the words, in the loss.
         recurrent_initialisation: What the recurrent weights of each gate begin with; "identity"
             with rnn_relu is the IRNN (Le et al. 2015).
         forget_bias: What the bias of the LSTM's forget gate begins with; the larger, the longer
@@ -225,6 +228,8 @@ class DecoderConfig:
     dropout: float = 0.5
     recurrent_dropout: float = 0.0
     attention_regularisation: float = 1.0
+    attributes: int = 0
+    attribute_weight: float = 0.05
     recurrent_initialisation: Initialisation = "orthogonal"
     forget_bias: float = 1.0
 
@@ -232,8 +237,8 @@ class DecoderConfig:
         """Refuse impossible values."""
         widths = dict.fromkeys(("embedding_size", "hidden_size", "attention_size"), (1, 32_768))
         check_between(self, layers=(1, 32), **widths, feature_size=(0, 32_768))
-        check_between(self, attention_heads=(1, 1024))
-        check_at_least(self, attention_regularisation=0.0)
+        check_between(self, attention_heads=(1, 1024), attributes=(0, 32_768))
+        check_at_least(self, attention_regularisation=0.0, attribute_weight=0.0)
         check_positive(self, "embedding_scale")
         if not math.isfinite(self.forget_bias):
             raise expected_error(self, "forget_bias", "a finite number")

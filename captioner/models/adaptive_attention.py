@@ -18,10 +18,14 @@ class AdaptiveAttention(Decoder):
     The attention of a step is that over the regions (eq. 7), which sums to 1. How much of it enters
     the word, 1 - beta, is not in it: it tells where the decoder looks, not how much it looks.
 
+    Attributes are added to the image's vector v^g.
+
     Raises:
         ConfigError: The cell has no memory to make a sentinel of, or the regions would not have
             the width of the hidden state, with which they are added up.
     """
+
+    takes_attributes = True
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
         super().__init__(config, vocabulary_size, feature_width)
@@ -62,8 +66,12 @@ class AdaptiveAttention(Decoder):
         regions = self.dropout(torch.relu(self.feature(features)))  # V
         image = self.dropout(torch.relu(self.image(features.mean(1))))  # v^g
         zeros = image.new_zeros((len(image), 1, self.config.hidden_size))
-        memory = self.image_projection(image), self.image_gate(image)
-        return (zeros,) * (2 * self.config.layers), (*memory, *self.attention.prepare(regions))
+        memory = self.attention.prepare(regions)
+        if self.attributes:
+            logits, attributes = self.attributes(features)
+            image, memory = image + attributes, (*memory, logits)
+        memory = (self.image_projection(image), self.image_gate(image), *memory)
+        return (zeros,) * (2 * self.config.layers), memory
 
     def word_inputs(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the words' part of W_x x of the LSTM, (…, 4 * H), and of the gate, (…, H)."""
@@ -74,7 +82,7 @@ class AdaptiveAttention(Decoder):
         self, token_ids: Tensor, words: tuple[Tensor, ...], state: State, memory: Memory
     ) -> StepOutput:
         """Advance, then attend to the image and the sentinel by the new state."""
-        image, image_gate, *regions = memory
+        image, image_gate, *regions = memory[:-1] if self.attributes else memory
         projected, gate = words[0] + image.unsqueeze(1), words[1] + image_gate.unsqueeze(1)
         sentinel, key, *new_state = self.active_rows(
             self._advance, token_ids, projected, gate, *state

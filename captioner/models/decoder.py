@@ -2,7 +2,7 @@
 
 Shape letters: B images, K captions of each (in training) or beams (in search), N regions,
 D width of the features, T tokens, E width of a word vector, H of the recurrent state, O of what
-the output layer reads, V vocabulary.
+the output layer reads, V vocabulary, W attributes.
 
 Captions and beams lie in the same place, (B, K), so that what belongs to the image alone stays
 (B, …): computed once per image, and never copied for its captions or beams.
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
 from captioner.data.vocabulary import PAD
+from captioner.errors import ConfigError
+from captioner.models.attributes import Attributes
 from captioner.models.dropout import Dropout
 from captioner.models.recurrent_cells import states_per_layer
 
@@ -50,6 +52,8 @@ class DecoderOutput:
         shape: (B, K, T).
         attention: Attention summed over the steps of each caption that has a token, (captions, N),
             in the order of (B, K); None without attention.
+        attributes: Logits of the words that are predicted from each image, (B, W); None without
+            ``decoder.attributes``.
     """
 
     logits: Tensor
@@ -57,6 +61,7 @@ class DecoderOutput:
     positions: Tensor
     shape: tuple[int, int, int]
     attention: Tensor | None = None
+    attributes: Tensor | None = None
 
     def log_probabilities(self) -> Tensor:
         """Return the log-probability of each token, (B, K, T), with gradient; 0 at PAD.
@@ -81,14 +86,20 @@ class Decoder(nn.Module, ABC):
         vocabulary_size: V.
         feature_width: D.
 
+    Raises:
+        ConfigError: Attributes are asked for that it doesn't take, or more than there are words.
+
     Attributes:
         pooled: Whether it takes the mean of the grid, (B, 1, D), in place of the grid (B, N, D).
+        takes_attributes: Whether ``init_state`` computes ``attributes`` where they are asked for.
+        attributes: Words predicted from the image (``decoder.attributes``), or None.
         output: The last layer, to logits.
         feature_norm: For the features as they come in (``decoder.feature_norm``).
         output_norm: For the h that the output is computed from (``decoder.output_norm``).
     """
 
     pooled = False
+    takes_attributes = False
     output: nn.Module
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
@@ -100,6 +111,14 @@ class Decoder(nn.Module, ABC):
         self.dropout = Dropout(config.dropout)
         self.feature_norm = nn.LayerNorm(feature_width) if config.feature_norm else nn.Identity()
         self.output_norm = nn.LayerNorm(config.hidden_size) if config.output_norm else nn.Identity()
+        self.attributes: Attributes | None = None
+        if config.attributes:
+            if not self.takes_attributes:
+                raise ConfigError(
+                    f"decoder.attributes: decoder.kind = {config.kind} takes none; 0 was expected, "
+                    f"found {config.attributes}"
+                )
+            self.attributes = Attributes(config, vocabulary_size, feature_width)
 
     def output_layer(self, width: int) -> nn.Module:
         """Return the layer from (…, width) to logits, tied to the word vectors if so configured.
@@ -124,8 +143,9 @@ class Decoder(nn.Module, ABC):
 
         Returns:
             The state of one caption for each image, (B, 1, …) each: of each recurrent layer h, or
-            h and c, the lowest layer first. And the memory of the images, (B, …) each. Their
-            number and shapes depend on the decoder alone, never on values.
+            h and c, the lowest layer first. And the memory of the images, (B, …) each, the last
+            of them the attributes' logits where there are ``attributes``. Their number and shapes
+            depend on the decoder alone, never on values.
         """
 
     @abstractmethod
@@ -231,6 +251,7 @@ class Decoder(nn.Module, ABC):
             positions,
             (targets.shape[0], targets.shape[1], targets.shape[2]),
             attention,
+            memory[-1] if self.attributes else None,
         )
 
     def run_sequence(

@@ -13,11 +13,14 @@ from captioner.models.recurrent_cells import states_per_layer
 class ShowAndTell(Decoder):
     """Vinyals et al. 2015, eq. 10-12; teacher forcing is one fused call over the sequence.
 
+    Attributes are added to the image, the first input.
+
     Raises:
         ConfigError: Attention heads are asked for.
     """
 
     pooled = True
+    takes_attributes = True
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
         super().__init__(config, vocabulary_size, feature_width)
@@ -44,8 +47,12 @@ class ShowAndTell(Decoder):
         """Take the image as the first input, x(-1); see ``Decoder.init_state``."""
         features = self.feature_norm(features.mean(1, keepdim=True))
         image = self.dropout(self.image(features))  # (B, 1, E)
+        memory: Memory = ()
+        if self.attributes:
+            logits, attributes = self.attributes(features)
+            image, memory = image + attributes.unsqueeze(1), (logits,)
         zeros = self.recurrence.zero_state(image)
-        return self.recurrence.step(self.recurrence.project(image), zeros), ()
+        return self.recurrence.step(self.recurrence.project(image), zeros), memory
 
     def word_inputs(self, token_ids: Tensor) -> tuple[Tensor]:
         """Return W_x x + b of each word, (…, gates * H)."""

@@ -14,11 +14,14 @@ from captioner.models.recurrent_cells import CellStack, states_per_layer
 class UpDown(Decoder):
     """The top-down attention model over the grid (Anderson et al. 2018, section 3.2, eq. 2-6).
 
-    The state is that of the attention layer, then that of the language layer.
+    The state is that of the attention layer, then that of the language layer. Attributes are part
+    of the attention layer's input, as the mean of the grid is.
 
     Raises:
         ConfigError: More than one layer is asked for: the model has its two.
     """
+
+    takes_attributes = True
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, feature_width: int) -> None:
         super().__init__(config, vocabulary_size, feature_width)
@@ -39,9 +42,14 @@ class UpDown(Decoder):
             recurrent_dropout=config.recurrent_dropout,
         )
         self.attention_cell, self.language_cell = make_cell(), make_cell()
-        self.word_projection, self.image_projection, self.language_projection = (
-            self.attention_cell.input_projections(config.embedding_size, width, hidden)
+        sizes = [config.embedding_size, width, hidden]
+        if self.attributes:
+            sizes.append(config.embedding_size)
+        self.word_projection, self.image_projection, self.language_projection, *of_attributes = (
+            self.attention_cell.input_projections(*sizes)
         )
+        if of_attributes:
+            (self.attribute_projection,) = of_attributes
         self.hidden_projection, self.context_projection = self.language_cell.input_projections(
             hidden, width
         )
@@ -52,10 +60,15 @@ class UpDown(Decoder):
 
     def init_state(self, features: Tensor) -> tuple[State, Memory]:
         """Begin with zeros; see ``Decoder.init_state``."""
-        features = self.dropout(self.feature(self.feature_norm(features)))
-        image = self.image_projection(features.mean(1))  # W_x of the mean-pooled image
+        features = self.feature_norm(features)
+        regions = self.dropout(self.feature(features))
+        image = self.image_projection(regions.mean(1))  # W_x of the mean-pooled image
+        memory = self.attention.prepare(regions)
+        if self.attributes:
+            logits, attributes = self.attributes(features)
+            image, memory = image + self.attribute_projection(attributes), (*memory, logits)
         zeros = image.new_zeros((len(image), 1, self.config.hidden_size))
-        return (zeros,) * (2 * self.per_layer), (image, *self.attention.prepare(features))
+        return (zeros,) * (2 * self.per_layer), (image, *memory)
 
     def word_inputs(self, token_ids: Tensor) -> tuple[Tensor]:
         """Return the words' part of W_x x + b of the attention layer, (…, gates * H)."""
@@ -65,7 +78,7 @@ class UpDown(Decoder):
         self, token_ids: Tensor, words: tuple[Tensor, ...], state: State, memory: Memory
     ) -> StepOutput:
         """Advance the attention layer, attend by it, advance the language layer."""
-        image, *regions = memory
+        image, *regions = memory[:-1] if self.attributes else memory
         projected = words[0] + image.unsqueeze(1)
         attending = self.active_rows(self._advance_attention, token_ids, projected, *state)
         context, weights, _ = self.attention(attending[0], tuple(regions))  # eq. 3-5

@@ -17,7 +17,7 @@ from captioner.progress import log_line
 
 # Settings of a decoder that its weights don't depend on; all others must be the checkpoint's.
 FREE_OF_WEIGHTS = {
-    *("dropout", "recurrent_dropout", "attention_regularisation"),
+    *("dropout", "recurrent_dropout", "attention_regularisation", "attribute_weight"),
     *("recurrent_initialisation", "forget_bias"),
 }
 

@@ -1,7 +1,9 @@
 """What training minimises."""
 
+import torch
 from torch import Tensor, nn
 
+from captioner.data.vocabulary import SPECIAL_WORDS
 from captioner.models.decoder import DecoderOutput
 
 
@@ -29,3 +31,21 @@ def caption_loss(
         unevenness = (1 - output.attention).square().mean(1).sum() / captions
         loss = loss + regularisation * unevenness
     return loss
+
+
+def attribute_loss(logits: Tensor, output: DecoderOutput, images: int) -> Tensor:
+    """Return the cross-entropy of predicted words, as a batch's part of a step.
+
+    A word is there if any of the image's captions in the batch has it. Summed over the words, for
+    each of which it is a yes or no, and divided by the images of the whole optimiser step.
+
+    Args:
+        logits: The output's ``attributes``, (B, W).
+        output: What the decoder gave under teacher forcing.
+        images: Images in the optimiser step.
+    """
+    has_word = logits.new_zeros((len(logits), output.logits.shape[1]), dtype=torch.float32)
+    has_word[output.positions[:, 0], output.targets] = 1.0
+    wanted = has_word[:, len(SPECIAL_WORDS) :][:, : logits.shape[1]]
+    loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="sum")
+    return loss / images

@@ -15,7 +15,7 @@ from captioner.metrics.reward import CaptionReward
 from captioner.models.captioning_model import CaptioningModel
 from captioner.models.decoder import DecoderOutput
 from captioner.models.inference_decoder import InferenceDecoder
-from captioner.training.losses import caption_loss
+from captioner.training.losses import attribute_loss, caption_loss
 from captioner.training.scheduled_sampling import mix_inputs
 from captioner.training.self_critical import Samples, sample_captions, self_critical_loss
 
@@ -65,10 +65,12 @@ class Objective(ABC):
     @property
     def signature(self) -> str:
         """What is minimised, in a line for the log; two runs with the same can be compared."""
-        training = self.config.training
+        training, decoder = self.config.training, self.config.decoder
         text = f"cross-entropy, label smoothing {training.label_smoothing:g}"
         if training.scheduled_sampling:
             text += f", scheduled sampling up to {training.scheduled_sampling:g}"
+        if decoder.attributes:
+            text += f", {decoder.attributes} attributes by {decoder.attribute_weight:g}"
         return text
 
     @abstractmethod
@@ -101,13 +103,17 @@ class Objective(ABC):
                     output = self._teacher_forcing(features, token_ids)
                 inputs = mix_inputs(token_ids.to(features.device), output, sampled)
             output = self._teacher_forcing(features, token_ids, inputs)
-            return caption_loss(
+            loss = caption_loss(
                 output,
                 self.config.training.label_smoothing,
                 self.config.decoder.attention_regularisation,
                 counts.tokens,
                 counts.captions,
             )
+            if output.attributes is not None:
+                weight = self.config.decoder.attribute_weight
+                loss = loss + weight * attribute_loss(output.attributes, output, counts.images)
+            return loss
 
     def _teacher_forcing(
         self, features: Tensor, token_ids: Tensor, inputs: Tensor | None = None
@@ -118,17 +124,20 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class Counts:
-    """How many tokens (PAD not counted) and captions an optimiser step has."""
+    """How many tokens (PAD not counted), captions and images an optimiser step has."""
 
     tokens: int
     captions: int
+    images: int
 
     @classmethod
     def of(cls, token_ids: Sequence[Tensor]) -> "Counts":
         """Count those of batches of captions, (B, K, T + 1) each."""
         real = [ids[..., 1:] != PAD for ids in token_ids]
         return cls(
-            sum(int(mask.sum()) for mask in real), sum(int(mask.any(-1).sum()) for mask in real)
+            sum(int(mask.sum()) for mask in real),
+            sum(int(mask.any(-1).sum()) for mask in real),
+            sum(len(mask) for mask in real),
         )
 
 

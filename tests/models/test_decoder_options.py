@@ -21,6 +21,7 @@ OPTIONS = {
     "tie_output": {"tie_output": True},
     "feature_norm": {"feature_norm": True},
     "output_norm": {"output_norm": True},
+    "attributes": {"attributes": 5},
 }
 CASES = [
     (kind, name)
@@ -48,7 +49,7 @@ TOKEN_IDS = pad([[[4, 5, 6], [7]], [[8, 9]]])
 def test_an_option_is_off_by_default_and_changes_what_is_computed(kind, name):
     plain = make(kind, **OPTIONS[name] | {name: getattr(DecoderConfig(), name)})
     changed = make(kind, **OPTIONS[name])
-    assert not any("norm" in weight for weight in plain.state_dict())
+    assert not any("norm" in weight or "attribute" in weight for weight in plain.state_dict())
     outputs = []
     for decoder in (plain, changed):
         decoder.load_state_dict(shared_weights(plain, decoder), strict=False)
@@ -155,6 +156,10 @@ def test_embedding_scale_is_the_range_of_word_vectors(kind, scale):
     [
         ({"attention_heads": 0}, "decoder.attention_heads: at least 1 was expected, found 0"),
         ({"embedding_scale": 0.0}, "decoder.embedding_scale: a number above 0 was expected"),
+        ({"attributes": -1}, "decoder.attributes: at least 0 was expected, found -1"),
+        ({"attributes": 32_769}, "decoder.attributes: at most 32768 was expected, found 32769"),
+        ({"attribute_weight": -0.1}, "decoder.attribute_weight: at least 0.0 was expected"),
+        ({"attribute_weight": math.nan}, "decoder.attribute_weight: at least 0.0 was expected"),
     ],
 )
 def test_impossible_values_are_refused(settings, message):

@@ -19,16 +19,16 @@ VOCABULARY = Vocabulary.from_captions(["a dog runs"])  # three words
 WIDTH, REGIONS = 6, 5
 
 
-def settings(kind: str, cell: str = "lstm") -> DecoderConfig:
-    return DecoderConfig(
-        kind, cell, most_layers(kind), embedding_size=8, hidden_size=9, attention_size=7
-    )
+def settings(kind: str, cell: str = "lstm", attributes: int = 0) -> DecoderConfig:
+    sizes = {"embedding_size": 8, "hidden_size": 9, "attention_size": 7}
+    return DecoderConfig(kind, cell, most_layers(kind), **sizes, attributes=attributes)
 
 
-def make(kind: str, cell: str = "lstm"):
+def make(kind: str, cell: str = "lstm", attributes: int = 0):
     """Return a random decoder that is far from uniform, in float64."""
     torch.manual_seed(4)
-    decoder = make_decoder(settings(kind, cell), len(VOCABULARY), WIDTH).double().eval()
+    decoder = make_decoder(settings(kind, cell, attributes), len(VOCABULARY), WIDTH)
+    decoder = decoder.double().eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(2.0)
@@ -36,10 +36,11 @@ def make(kind: str, cell: str = "lstm"):
     return decoder
 
 
+@pytest.mark.parametrize("attributes", [0, 3])
 @pytest.mark.parametrize(("kind", "cell"), KINDS_AND_CELLS)
-def test_a_wide_beam_finds_every_caption_with_its_probability(kind, cell):
+def test_a_wide_beam_finds_every_caption_with_its_probability(kind, cell, attributes):
     """Against teacher forcing over all captions there are of at most 3 words."""
-    decoder = make(kind, cell)
+    decoder = make(kind, cell, attributes)
     features = torch.randn(2, REGIONS, WIDTH, dtype=torch.float64)
     captions = [
         list(caption)
@@ -103,11 +104,13 @@ def test_what_a_word_alone_decides_is_looked_up(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("attributes", [0, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_narrow_steps_are_near_exact_ones(kind, dtype):
+def test_narrow_steps_are_near_exact_ones(kind, attributes, dtype):
     if dtype == torch.bfloat16 and not computes_bfloat16(torch.device("cpu")):
         pytest.skip("this processor has no instructions for bfloat16")
-    exact, features = make(kind), torch.randn(2, REGIONS, WIDTH, dtype=torch.float64)
+    exact = make(kind, attributes=attributes)
+    features = torch.randn(2, REGIONS, WIDTH, dtype=torch.float64)
     found = []
     for precision in (torch.float64, dtype):
         decoder = InferenceDecoder(exact, precision)
@@ -119,11 +122,14 @@ def test_narrow_steps_are_near_exact_ones(kind, dtype):
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("attributes", [0, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_maps_sum_to_1_and_a_checkpoint_brings_all_of_it_back(kind, tiny_model, tmp_path):
+def test_maps_sum_to_1_and_a_checkpoint_brings_all_of_it_back(
+    kind, attributes, tiny_model, tmp_path
+):
     torch.manual_seed(0)
-    encoder = tiny_model.encoder
-    model = CaptioningModel(encoder, settings(kind), VOCABULARY, SearchConfig(3, 4)).eval()
+    config = settings(kind, attributes=attributes)
+    model = CaptioningModel(tiny_model.encoder, config, VOCABULARY, SearchConfig(3, 4)).eval()
     save_checkpoint(model, tmp_path, {})
     pixels = torch.randint(256, (2, 3, 48, 48), dtype=torch.uint8)
     outputs = []
@@ -139,10 +145,11 @@ def test_maps_sum_to_1_and_a_checkpoint_brings_all_of_it_back(kind, tiny_model, 
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.parametrize("attributes", [0, 3])
 @pytest.mark.parametrize(("kind", "cell"), KINDS_AND_CELLS)
-def test_search_on_another_device_than_the_cpu_takes_the_same_steps(kind, cell):
+def test_search_on_another_device_than_the_cpu_takes_the_same_steps(kind, cell, attributes):
     """What only a CPU has, such as packed weights, must be asked of nothing else."""
-    decoder = make(kind, cell)
+    decoder = make(kind, cell, attributes)
     on_cpu, elsewhere = (
         InferenceDecoder(copy.deepcopy(decoder).to(device), torch.float64)
         for device in ("cpu", "meta")

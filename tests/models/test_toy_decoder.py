@@ -137,6 +137,14 @@ def test_checkpoint_brings_it_back(model, tmp_path):
     assert torch.equal(one, other)
 
 
+def test_attributes_that_it_does_not_take_are_refused(encoder, vocabulary):
+    config = DecoderConfig(kind="language_model", attributes=2)
+    with pytest.raises(ConfigError) as caught:
+        CaptioningModel(encoder, config, vocabulary, SearchConfig())
+    expected = "decoder.kind = language_model takes none; 0 was expected, found 2"
+    assert str(caught.value) == f"decoder.attributes: {expected}"
+
+
 def test_a_kind_that_is_not_there_is_named(encoder, vocabulary):
     with pytest.raises(ConfigError, match="no decoder 'languagemodel'; did you mean 'language_mo"):
         CaptioningModel(encoder, DecoderConfig(kind="languagemodel"), vocabulary, SearchConfig())

@@ -5,13 +5,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from training_runs import assert_same_weights, read_log
+from PIL import Image
+from training_runs import COLOURS, assert_same_weights, read_log
 
 from captioner.config import DecoderConfig, SelfCriticalConfig
 from captioner.data.dataset import pad
 from captioner.data.vocabulary import BOS, EOS, PAD, SPECIAL_WORDS, Vocabulary
 from captioner.errors import ConfigError
 from captioner.experiment_file import load_config
+from captioner.inference.captioner import Captioner
 from captioner.metrics.reward import CaptionReward
 from captioner.models.captioning_model import make_decoder
 from captioner.models.checkpoint import load_checkpoint
@@ -107,9 +109,37 @@ def test_a_captioner_gets_better_by_its_own_captions(experiment, tmp_path):
     assert {"vocabulary", "ends_in_function_word", "repeats_ngram"} <= end.keys()
 
 
+ATTRIBUTES = ["decoder.attributes=9"]  # all words there are
+
+
+def test_attributes_are_learnt_with_the_captions(experiment, tmp_path):
+    settings = [*ATTRIBUTES, "training.epochs=12", "training.patience=0"]
+    train(load_config(experiment, settings), tmp_path / "run")
+    captioner = Captioner.from_pretrained(tmp_path / "run/best", device="cpu")
+    model = captioner.model
+    for colour, rgb in COLOURS.items():
+        image = Image.new("RGB", (60, 50), tuple(max(0, c - 3) for c in rgb))
+        assert colour in captioner.caption(image).split()
+        pixels = model.encoder.preprocessing(image)[None]
+        output = model.decoder.teacher_forcing(model.features(pixels, torch.float32), pad([[[4]]]))
+        chances = dict(zip(model.vocabulary.words[4:], output.attributes[0].sigmoid(), strict=True))
+        assert chances["plain"] > 0.8
+        assert max(COLOURS, key=chances.__getitem__) == colour
+
+
+def test_more_attributes_than_words_are_refused(experiment, tmp_path):
+    with pytest.raises(ConfigError, match=r"^decoder\.attributes: at most 9 was .* found 10$"):
+        train(load_config(experiment, ["decoder.attributes=10"]), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "objective",
-    [CRITICAL, ["training.scheduled_sampling=0.5"], ["decoder.recurrent_dropout=0.3"]],
+    [
+        CRITICAL,
+        ["training.scheduled_sampling=0.5"],
+        ["decoder.recurrent_dropout=0.3"],
+        [*CRITICAL, *ATTRIBUTES, "self_critical.cross_entropy_share=0.2"],
+    ],
 )
 def test_runs_with_drawn_captions_and_an_average_resume_to_the_same_weights(
     experiment, tmp_path, monkeypatch, objective
