@@ -146,7 +146,7 @@ def locked(path: str | Path, busy: CaptionerError | str) -> Iterator[None]:
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.05, poll_interval=0.01)  # ``is_locked`` may hold it for a moment
     except Timeout:
         if isinstance(busy, CaptionerError):
             raise busy from None
@@ -156,6 +156,28 @@ def locked(path: str | Path, busy: CaptionerError | str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_locked(path: str | Path) -> bool:
+    """Tell whether another process holds a lock file at this moment.
+
+    The lock is shared with all who ask, for some microseconds. False where there is no such file,
+    or where it can't be asked.
+    """
+    try:
+        import fcntl  # not on Windows
+
+        file = open_regular(path)
+    except (ImportError, OSError):
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from captioner.version import __version__
 
 COMMANDS = {
     "train": "train a captioner from an experiment file",
+    "runs": "show the runs of a folder side by side",
     "caption": "caption images and folders of them",
     "merge": "join the captions of several jobs, each over a part of the images",
     "gallery": "make a page to look at captions and their images",

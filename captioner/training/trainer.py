@@ -40,6 +40,7 @@ from captioner.training.gradient_flow import (
 )
 from captioner.training.inputs import Inputs
 from captioner.training.objectives import Objective, TrainingBatch, make_objective
+from captioner.training.plots import draw_training
 from captioner.training.resume import (
     STATE_FILE,
     Circumstances,
@@ -329,6 +330,7 @@ class Trainer:
             state.best_epoch, state.best_scores = state.epoch, scores
             self._save("best", validation.captions)
         self._save("last", validation.captions)
+        draw_training(self.output_dir)
         measured = validation.values("validation/")
         self.tracker.log(state.step, {"epoch": state.epoch, "train/epoch_loss": loss, **measured})
         log_line(
