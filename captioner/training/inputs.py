@@ -11,11 +11,12 @@ from torch import Tensor
 
 from captioner.config import AugmentationConfig, Config
 from captioner.data.augmentation import of_epoch, tells_sides, views_of_epoch
-from captioner.data.dataset import CaptionDataset
+from captioner.data.dataset import Batch, CaptionDataset
 from captioner.data.images import Preprocessing, in_batches, load_pixels
 from captioner.device import free_memory
 from captioner.models.captioning_model import CaptioningModel
 from captioner.progress import Progress, log_line
+from captioner.training.distributed import ALONE, Processes
 from captioner.training.feature_cache import (
     Features,
     cached_features,
@@ -26,6 +27,21 @@ from captioner.training.feature_store import default_cache_dir
 
 NO_AUGMENTATION = AugmentationConfig()
 MOST_BYTES_KEPT = 2 << 30  # of pixels that are the same in each epoch
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Some images and their captions, as an optimiser step takes them.
+
+    Attributes:
+        images: Which images of the training set these are, B of them.
+        x: Their cached features (B, N, D), or pixels (B, 3, S, S).
+        token_ids: Captions from BOS to EOS, then PAD, (B, K, T + 1).
+    """
+
+    images: Sequence[int]
+    x: Tensor
+    token_ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,8 @@ class CachedInputs:
 
     def _take(self, images: np.ndarray, chosen: np.ndarray) -> Tensor:
         """Return the features of images (B), each in the view that is chosen for it (B)."""
+        if not len(images):
+            return torch.empty(0)
         numbers = np.unique(chosen).tolist()
         if len(numbers) == 1:
             return self.views[numbers[0]].take(images)
@@ -101,11 +119,47 @@ class PixelInputs:
         for batch in loader:
             # They could be read before training: a disk that fails now must not end the job.
             for _, message in batch.failures:
-                log_line(f"warning: {message}; left out of this batch")
+                log_line(f"warning: {message}; left out of this batch", urgent=True)
             yield batch.indices, batch.pixels
 
 
 Inputs = CachedInputs | PixelInputs
+
+
+def training_groups(
+    batches: Sequence[Batch],
+    inputs: Inputs,
+    epoch: int,
+    accumulation_steps: int,
+    processes: Processes,
+) -> Iterator[list[TrainingBatch]]:
+    """Yield this process's part of the batches of each optimiser step; it may have none.
+
+    Args:
+        batches: Of all processes.
+        inputs: What the images are.
+        epoch: Decides how images are changed.
+        accumulation_steps: Batches that make a step.
+        processes: Each takes every N-th image of a batch, so that all have about as much to do:
+            the images of a batch are sorted by the length of their captions.
+    """
+    parts = [batch.share(processes.rank, processes.count) for batch in batches]
+    loaded = inputs.batches([part.images for part in parts], epoch)
+    group: list[TrainingBatch] = []
+    for number, (part, (images, x)) in enumerate(zip(parts, loaded, strict=True), 1):
+        if images:
+            group.append(TrainingBatch(images, x, _token_ids_of(part, images)))
+        if number % accumulation_steps == 0 or number == len(parts):
+            yield group
+            group = []
+
+
+def _token_ids_of(batch: Batch, images: Sequence[int]) -> Tensor:
+    """Return the token ids of those of a batch's images that could be read."""
+    if list(images) == batch.images:
+        return batch.token_ids
+    readable = set(images)
+    return batch.token_ids[[image in readable for image in batch.images]]
 
 
 def prepare_inputs(
@@ -115,6 +169,7 @@ def prepare_inputs(
     device: torch.device,
     precision: torch.dtype,
     training: bool = False,
+    processes: Processes = ALONE,
 ) -> tuple[CaptionDataset, Inputs]:
     """Encode all images once if the CNN is frozen, else check that they can all be read.
 
@@ -125,6 +180,7 @@ def prepare_inputs(
         device: Where the CNN computes.
         precision: Of a frozen CNN.
         training: Whether the images are to be changed as ``config.augmentation`` says.
+        processes: They divide the work, and get the same.
 
     Returns:
         The images that can be read, and their inputs.
@@ -136,8 +192,12 @@ def prepare_inputs(
     flippable = [not (settings.flip and tells_sides(texts)) for texts in dataset.captions]
     _report_augmentation(settings, flippable, model.encoder.frozen)
     if model.encoder.frozen:
-        return _cached_inputs(model, dataset, config, device, precision, settings, flippable)
-    return _pixel_inputs(model.encoder.preprocessing, dataset, config, device, settings, flippable)
+        return _cached_inputs(
+            model, dataset, config, device, precision, settings, flippable, processes
+        )
+    return _pixel_inputs(
+        model.encoder.preprocessing, dataset, config, device, settings, flippable, processes
+    )
 
 
 def _pixel_inputs(
@@ -147,20 +207,27 @@ def _pixel_inputs(
     device: torch.device,
     settings: AugmentationConfig,
     flippable: list[bool],
+    processes: Processes,
 ) -> tuple[CaptionDataset, PixelInputs]:
     """Return the images that can be read, and their pixels."""
     data = config.data
     failures = []
-    kept = None if settings.changes else _empty_pixels(len(dataset), preprocessing.image_size)
+    alone = processes.count == 1  # else no process reads all of them, nor needs the same each time
+    size = preprocessing.image_size
+    kept = _empty_pixels(len(dataset), size) if alone and not settings.changes else None
     count = 0
-    with Progress("reading images", len(dataset), "image") as bar:
-        batches = in_batches(len(dataset), 32)
+    batches = processes.share(in_batches(len(dataset), 32))
+    with (
+        processes.together(),
+        Progress("reading images", sum(map(len, batches)), "image") as bar,
+    ):
         for batch in load_pixels(dataset.paths, preprocessing, batches, device, data.workers):
             failures += batch.failures
             if kept is not None and batch.indices:
                 kept[count : count + len(batch.indices)] = batch.pixels
             count += len(batch.indices)
             bar.update(len(batch.indices) + len(batch.failures))
+    failures = [failure for part in processes.gather_all(failures) for failure in part]
     report_failures(failures, len(dataset), data.bad_images)
     unreadable = {index for index, _ in failures}
     readable = [i for i in range(len(dataset)) if i not in unreadable]
@@ -193,6 +260,7 @@ def _cached_inputs(
     precision: torch.dtype,
     settings: AugmentationConfig,
     flippable: list[bool],
+    processes: Processes,
 ) -> tuple[CaptionDataset, CachedInputs]:
     """Return the images that can be read, and the features of each of their views."""
     data = config.data
@@ -205,8 +273,9 @@ def _cached_inputs(
         model.decoder.pooled,
         data.workers,
         data.bad_images,
+        processes,
     )
-    views = cached_views(plain, settings, flippable, data.bad_images)
+    views = cached_views(plain, settings, flippable, data.bad_images, processes)
     rows = np.stack([view.rows for view in views])
     readable = np.flatnonzero((rows >= 0).all(0)).tolist()
     inputs = CachedInputs([view.select(readable) for view in views], config.training.seed)

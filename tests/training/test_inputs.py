@@ -21,7 +21,7 @@ from captioner.experiment_file import load_config
 from captioner.models.captioning_model import CaptioningModel
 from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
-from captioner.training import feature_cache
+from captioner.training import feature_cache, feature_encoder
 from captioner.training.feature_store import FeatureStore, hash_file, list_stores
 from captioner.training.inputs import CachedInputs, prepare_inputs
 from captioner.training.run import load_splits, train
@@ -195,7 +195,7 @@ def test_views_are_encoded_once_and_shared_by_seeds_of_training(
 ):
     _, inputs = prepare(encoder, dataset, load_config(experiment, VIEWS))
     capsys.readouterr()
-    monkeypatch.setattr(feature_cache, "InferenceEncoder", lambda *_: pytest.fail("encoding"))
+    monkeypatch.setattr(feature_encoder, "InferenceEncoder", lambda *_: pytest.fail("encoding"))
     order = list(reversed(range(24)))  # a view belongs to the image, wherever it is in the list
     _, other = prepare(encoder, dataset.select(order), load_config(experiment, VIEWS))
     assert "computed" not in capsys.readouterr().err
@@ -272,7 +272,8 @@ def test_space_for_all_views_is_asked_for_beforehand(encoder, dataset, experimen
 
 def test_the_time_for_many_images_is_told(encoder, dataset, experiment, monkeypatch, capsys):
     monkeypatch.setattr(feature_cache, "MANY_IMAGES", 30)
-    monkeypatch.setattr(feature_cache, "ENCODE_BATCH_SIZE", 8)
+    for module in (feature_cache, feature_encoder):
+        monkeypatch.setattr(module, "ENCODE_BATCH_SIZE", 8)
     prepare(encoder, dataset, load_config(experiment, VIEWS))
     assert re.search(r", about \d+ s \(\d+ images/s\)", capsys.readouterr().err)
 
