@@ -120,8 +120,7 @@ def cached_features(
         workers: Processes that decode images; -1 takes one per core.
         bad_images: "error" raises when images can't be read, after all others were encoded;
             "skip" reports them and goes on.
-        processes: All call this; those of a machine divide the work, since each machine may have a
-            cache of its own.
+        processes: Those of a machine divide the work: each machine may have its own cache.
 
     Raises:
         ImageError: Images can't be read; names the first few and how many there are.
@@ -133,19 +132,23 @@ def cached_features(
     node = processes.node
     files, failures = _find_files(paths, store, node)
     image_encoder = ImageEncoder(encoder, paths, files, device, precision, pooled, workers)
-    contents = {file.content for file in files.values()}
-    missing = not contents <= store.row_by_content.keys()
-    if node.first_says(missing):
+    if any(node.gather_all(len(_missing(store, image_encoder)))):
         failures += _fill(store, image_encoder, node)
     elif node.is_first and _unknown_files(files.values(), store):
         # Worth nothing but the time to hash them again: not worth waiting or failing for.
         with contextlib.suppress(CacheError):
             _fill(store, image_encoder, wait=False)
     report_failures(failures, len(paths), bad_images)
-    rows = np.full(len(paths), -1, dtype=np.int64)
-    for i, file in files.items():
-        rows[i] = store.row_by_content.get(file.content, -1)
+    rows = _rows_of(store, image_encoder)
     return Features(rows, store.map_rows(), np.arange(len(paths)), image_encoder, store)
+
+
+def _rows_of(store: FeatureStore, encoder: ImageEncoder) -> np.ndarray:
+    """Return the row of each image, (images,); -1 where it has none."""
+    rows = np.full(len(encoder.paths), -1, dtype=np.int64)
+    for i in encoder.files:
+        rows[i] = store.row_by_content.get(encoder.key(i), -1)
+    return rows
 
 
 def cached_views(
@@ -179,7 +182,7 @@ def cached_views(
         view = View(settings, flippable, number)
         views.append((store, replace(plain.encoder, files=readable, view=view)))
     node = processes.node
-    missing = node.first_says([len(_missing(*view)) for view in views])
+    missing = [max(node.gather_all(len(_missing(*view)))) for view in views]
     with node.together():
         if node.is_first and any(missing):
             _announce(plain, settings, sum(missing))
@@ -187,9 +190,7 @@ def cached_views(
     for (store, encoder), count in zip(views, missing, strict=True):
         if count:
             report_failures(_fill(store, encoder, node), len(plain.rows), bad_images)
-        rows = np.full(len(plain.rows), -1, dtype=np.int64)
-        for i in encoder.files:
-            rows[i] = store.row_by_content.get(encoder.key(i), -1)
+        rows = _rows_of(store, encoder)
         features.append(
             replace(plain, rows=rows, stored=store.map_rows(), encoder=encoder, store=store)
         )

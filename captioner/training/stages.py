@@ -105,16 +105,14 @@ def train_stages(
         _check_settings(chosen, processes)
     with StopSignals() as stop_signals, alone_in(output_dir, resume and not or_start, processes):
         with processes.together():
-            for run in runs if processes.is_first else []:
-                for name in ("last", "best"):
-                    recover_directory(run.folder / name)
+            if processes.is_first:
+                _recover_folders(runs)
         with processes.together():
             _check_folders(output_dir, chosen, resume, or_start)
         for run in chosen:
             with processes.together():
                 stop_signals.deferred = False
-                # It may have come when the stage before was over.
-                stop_signals.raise_if_received()
+                stop_signals.raise_if_received()  # it may have come when the one before was over
             _train_stage(run, resume, stop_signals, processes)
             with processes.together():
                 if processes.is_first:
@@ -194,6 +192,12 @@ def _naming(stage: Stage) -> Iterator[None]:
         yield
     except CaptionerError as error:
         raise type(error)(f"{stage.source}: {error}") from None
+
+
+def _recover_folders(runs: Sequence[_Run]) -> None:
+    for run in runs:
+        for name in ("last", "best"):
+            recover_directory(run.folder / name)
 
 
 def _check_folders(output_dir: Path, chosen: Sequence[_Run], resume: bool, or_start: bool) -> None:

@@ -281,11 +281,12 @@ class Trainer:
             return
         last = self.output_dir / "last"
         hint = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint is there"
-        raise TrainingError(
+        error = TrainingError(
             f"step {step.number}: the loss is {step.loss} and the gradient norm {step.norm} at a "
             f"learning rate of {step.rate:.3g}; {hint}; try a smaller training.learning_rate or "
             "training.gradient_clip, or training.precision=float32"
         )
+        raise error if self.processes.is_first else ProcessError("")  # all see the same numbers
 
     def _log_step(self, norm: float, rate: float) -> None:
         values = {
