@@ -78,24 +78,36 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Have operations give the same bits each time, where there is one that does.
+def arithmetic(device: torch.device, precision: torch.dtype, deterministic: bool) -> Iterator[None]:
+    """Set how a GPU computes, until the context ends.
 
-    It covers one kind of GPU with the same software; torch warns of operations that have no such
-    version. On a CPU all do, with as many threads.
+    Args:
+        device: What computes; nothing is changed for others than GPUs.
+        precision: With torch.bfloat16 the matrix products that stay in float32 are computed in
+            TensorFloat-32.
+        deterministic: Have operations give the same bits each time on one kind of GPU with the same
+            software; torch warns of those that have no such version.
     """
-    if not wanted:
+    if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
-    benchmark = torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
+    before = (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+    )
+    if precision == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.benchmark = benchmark
+        torch.set_float32_matmul_precision(before[0])
+        torch.use_deterministic_algorithms(before[1])
+        torch.backends.cudnn.benchmark = before[2]
 
 
 def keep_freed_memory() -> None:

@@ -24,7 +24,7 @@ import torch
 
 from captioner.config import Config
 from captioner.data.dataset import CaptionDataset, check_no_overlap
-from captioner.device import choose_precision, deterministic, memory_errors
+from captioner.device import arithmetic, choose_precision, memory_errors
 from captioner.errors import CheckpointError, ConfigError
 from captioner.files import locked, read_json, write_json
 from captioner.models.captioning_model import check_decoder_kind
@@ -95,7 +95,9 @@ def train_watched(
             with processes.together():
                 if processes.is_first == turn:
                     saved = load_training_state(output_dir, config, resume, or_start)
-        with deterministic(config.training.deterministic):
+        device = processes.device(config.training.device)
+        precision = choose_precision(config.training.precision, device)
+        with arithmetic(device, precision, config.training.deterministic):
             return _train(config, output_dir, saved, stop_signals, processes)
 
 
