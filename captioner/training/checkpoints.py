@@ -4,14 +4,16 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from captioner.data.annotations import ImageId
 from captioner.data.predictions import write_predictions
+from captioner.errors import CheckpointError
 from captioner.files import atomic_directory, recover_directory, remove_directory
 from captioner.models.captioning_model import CaptioningModel
 from captioner.models.checkpoint import save_checkpoint
@@ -35,8 +37,11 @@ def write_checkpoint(
         scores: What it has reached.
         captions: Of the validation that has just been; None keeps those of the checkpoint before.
         state: What resuming needs: see ``resume.pack_state``.
+
+    Raises:
+        CheckpointError: It can't be written, and the one that was there stays.
     """
-    with atomic_directory(directory) as aside:
+    with _naming(directory), atomic_directory(directory) as aside:
         previous = directory / PREDICTIONS_FILE
         if captions is not None:
             rows = [{"image_id": i, "caption": text} for i, text in captions.items()]
@@ -44,8 +49,22 @@ def write_checkpoint(
         elif previous.exists():
             shutil.copyfile(previous, aside / PREDICTIONS_FILE)
         if state is not None:
-            torch.save(state, aside / STATE_FILE)
+            with open(aside / STATE_FILE, "wb") as file:
+                torch.save(state, file)
         save_checkpoint(model, aside, scores)  # last: its checksums are of all files
+
+
+@contextlib.contextmanager
+def _naming(directory: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing a checkpoint into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{directory}: can't be written ({reason}); what was there before is still there: "
+            "make room, or mend the disk, then go on with --resume-or-start"
+        ) from None
 
 
 def keep_last(last: Path, step: int, count: int) -> None:
@@ -60,7 +79,8 @@ def keep_last(last: Path, step: int, count: int) -> None:
     """
     if not count:
         return
-    with atomic_directory(last.with_name(f"{last.name}-{step}")) as aside:
+    copy = last.with_name(f"{last.name}-{step}")
+    with _naming(copy), atomic_directory(copy) as aside:
         shutil.copytree(last, aside, copy_function=_link_or_copy, dirs_exist_ok=True)
     pattern = re.compile(rf"(\.?){re.escape(last.name)}-(\d+)(\.\w+\.tmp)?")
     found = [match for name in os.listdir(last.parent) if (match := pattern.fullmatch(name))]
