@@ -49,9 +49,18 @@ def write_checkpoint(
         elif previous.exists():
             shutil.copyfile(previous, aside / PREDICTIONS_FILE)
         if state is not None:
-            with open(aside / STATE_FILE, "wb") as file:
-                torch.save(state, file)
+            _save_state(aside / STATE_FILE, state)
         save_checkpoint(model, aside, scores)  # last: its checksums are of all files
+
+
+def _save_state(path: Path, state: dict[str, Any]) -> None:
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # of an archive that was cut short by what was raised before
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 @contextlib.contextmanager

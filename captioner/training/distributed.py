@@ -3,9 +3,16 @@
 All of them run the same program and meet in what is below. The first one writes the run's files.
 What may fail in one process alone is done ``together``: then it fails in all, and only those whose
 fault it is say so. A process that ends outright breaks its connections, so that the next meeting
-fails in all others.
+fails in all others. Small things go over gloo on the CPU, gradients on a GPU over NCCL.
 
-Small things go over gloo on the CPU, gradients on a GPU over NCCL.
+What a run computes doesn't depend on how many there are, but for rounding and two things:
+
+- Dropout and scheduled sampling take random numbers of each process, by seed and rank. They are
+  kept in the run's state; where another number of processes goes on, they begin anew, by seed, step
+  and rank. The order of images, their augmentation and the captions that self-critical training
+  draws depend on seed, epoch, step and image alone.
+- Batch norm that is trained (``encoder.batch_norm=update``) takes the statistics of each process's
+  part of a batch; what it keeps for use is their mean over the processes.
 """
 
 import contextlib
