@@ -6,9 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+from torch.distributed import TCPStore
 from training_runs import ROOT, TrainingServer
 
 
@@ -22,14 +24,23 @@ class Crew:
     def __init__(self, folder: Path, count: int = 2) -> None:
         self.servers = [TrainingServer(folder / f"{rank}.txt") for rank in range(count)]
 
-    def start(self, *argv: object, setup: str = "", count: int = 2) -> list[int]:
-        """Start training; return the processes' ids. ``setup`` is code that knows ``rank``."""
+    def start(
+        self, *argv: object, setup: str = "", count: int = 2, store: TCPStore | None = None
+    ) -> list[int]:
+        """Start training; return the processes' ids.
+
+        Args:
+            argv: Arguments of ``captioner train``.
+            setup: Code that is run before, and knows ``rank``.
+            count: How many processes.
+            store: What torchrun keeps over its restarts; else the first process makes its own.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            port = store.port if store else free.getsockname()[1]
         for server in self.servers:
             server.output.write_text("")
-        ids = []
+        self._ids = ids = []
         for rank, server in enumerate(self.servers[:count]):
             variables = {
                 "RANK": rank,
@@ -38,6 +49,7 @@ class Crew:
                 "LOCAL_WORLD_SIZE": count,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
+                "TORCHELASTIC_USE_AGENT_STORE": store is not None,
             }
             named = {name: str(value) for name, value in variables.items()}
             code = f"rank = {rank}\nos.environ.update({named})\n{setup}"
@@ -45,11 +57,17 @@ class Crew:
         return ids
 
     def wait(self, count: int = 2) -> list[int]:
-        """Return the exit codes; minus a signal that killed one."""
-        return [server.wait() for server in self.servers[:count]]
+        """Return the exit codes; minus a signal that killed one. What hangs is killed."""
+        timer = threading.Timer(120, lambda: [os.kill(id, signal.SIGKILL) for id in self._ids])
+        timer.start()
+        codes = [server.wait() for server in self.servers[:count]]
+        timer.cancel()
+        return codes
 
-    def run(self, *argv: object, setup: str = "", count: int = 2) -> list[int]:
-        self.start(*argv, setup=setup, count=count)
+    def run(
+        self, *argv: object, setup: str = "", count: int = 2, store: TCPStore | None = None
+    ) -> list[int]:
+        self.start(*argv, setup=setup, count=count, store=store)
         return self.wait(count)
 
     def output(self, rank: int) -> str:

@@ -18,10 +18,13 @@ What a run computes doesn't depend on how many there are, but for rounding and t
 import contextlib
 import os
 import re
+import secrets
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +39,7 @@ T = TypeVar("T")
 
 # Longest wait for the others: the first may be scoring, or writing to a slow disk.
 PATIENCE = timedelta(minutes=30)
+GRACE_SECONDS = 30.0  # after which torchrun, too, kills a process that it has told to end
 _BROKEN_CONNECTION = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed out|ProcessGroup"
     r"|TCPStore",
@@ -86,8 +90,12 @@ class Processes:
         local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
         processes = cls(rank, count, local_rank, range(count))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        Thread(target=processes._end_with_parent, daemon=True).start()
         with processes.watched():
-            dist.init_process_group(backend, timeout=PATIENCE)
+            store = processes._meet()
+            dist.init_process_group(
+                backend, timeout=PATIENCE, store=store, rank=rank, world_size=count
+            )
             if local_count < count:
                 first = rank - local_rank
                 members = range(first, first + local_count)
@@ -97,6 +105,40 @@ class Processes:
                 assert isinstance(group, dist.ProcessGroup)  # this process is a member
                 processes.node = cls(local_rank, local_count, local_rank, members, group)
         return processes
+
+    def _end_with_parent(self) -> None:
+        """End this process when torchrun has died, wherever it hangs."""
+        while not self.parent_signal:
+            time.sleep(1)
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)
+
+    def _meet(self) -> dist.Store:
+        """Return a store that the processes of this start alone have.
+
+        torchrun may keep one store over its restarts. In it are the addresses of processes that
+        have died, and who takes one of these for that of another process waits for it in vain.
+        """
+        store, _, _ = next(dist.rendezvous("env://", self.rank, self.count, timeout=PATIENCE))
+        if not self.is_first:
+            own = secrets.token_hex(8)
+            store.set(f"here/{self.rank}", own)
+            name = store.get(f"answer/{own}").decode()  # waits for it
+            store.set(f"{name}/{self.rank}", "")
+            return dist.PrefixStore(name, store)
+        name, deadline = secrets.token_hex(8), time.monotonic() + PATIENCE.seconds
+        answered: set[str] = set()
+        others = range(1, self.count)
+        while not store.check([f"{name}/{other}" for other in others]):
+            for key in (f"here/{other}" for other in others):
+                found = store.get(key).decode() if store.check([key]) else ""
+                if found and found not in answered:  # it may be that of a process that has died
+                    store.set(f"answer/{found}", name)
+                    answered.add(found)
+            if self.parent_signal or time.monotonic() > deadline:
+                raise ProcessError(ENDED)
+            time.sleep(0.01)
+        return dist.PrefixStore(name, store)
 
     @property
     def is_first(self) -> bool:

@@ -1,10 +1,13 @@
 """Several processes train one model: real ones, on gloo."""
 
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from processes import Crew, Torchrun
+from torch.distributed import TCPStore
 from training_runs import (
     assert_same_weights,
     make_experiment,
@@ -187,6 +190,19 @@ def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path, crew):
     assert_nearly_the_same(tmp_path / "two", tmp_path / "run")
 
 
+def test_what_processes_that_died_left_in_torchruns_store_misleads_none(whole, tmp_path, crew):
+    """torchrun starts all anew with the store in which the addresses of the last ones are."""
+    experiment, uninterrupted = whole
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("here/1", "of a process that died before it was answered")
+    argv = [experiment, *SETTINGS, "--output-dir", tmp_path / "run", "--resume-or-start"]
+    kill = AT.format(place="trainer.Trainer._optimise", when="rank == 1", signal="SIGKILL")
+    for _ in range(2):
+        assert crew.run(*argv, setup=kill, store=store) == [1, -signal.SIGKILL]
+    assert crew.run(*argv, store=store) == [0, 0]
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
 # --- torchrun itself ----------------------------------------------------------------------------
 
 
@@ -214,6 +230,25 @@ def test_sigterm_to_torchrun_writes_last_and_the_run_goes_on(whole, tmp_path, cr
     state = torch.load(out / "last/training_state.pt", weights_only=True)["train_state"]
     assert state["step"] == [row["step"] for row in read_log(out)][-1]
     assert crew.run(*argv, "--resume-or-start") == [0, 0]
+    assert_same_run(uninterrupted, out)
+
+
+def test_workers_whose_torchrun_was_killed_write_last_and_end(whole, tmp_path, crew):
+    experiment, uninterrupted = whole
+    out = tmp_path / "run"
+    argv = [experiment, *SETTINGS, "--output-dir", out]
+    torchrun = Torchrun(tmp_path / "output.txt", *argv)
+    wait_for_steps(out, 3)
+    workers = [torchrun.worker(rank) for rank in (0, 1)]
+    torchrun.process.kill()
+    torchrun.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    state = torch.load(out / "last/training_state.pt", weights_only=True)["train_state"]
+    assert state["step"] == [row["step"] for row in read_log(out)][-1]
+    assert crew.run(*argv, "--resume") == [0, 0]
     assert_same_run(uninterrupted, out)
 
 
