@@ -26,6 +26,11 @@ The settings, their defaults and units are in captioner/config.py.
 The stages of a file with [[stages]] are trained one after the other, each from the best checkpoint
 of the one before. An override changes what they share, or with its name before it a single stage:
   {program} FILE training.seed=1 fine_tune.training.epochs=1 --output-dir runs/tuned
+
+In several processes, say one for each GPU, that take training.batch_size images each; they start
+again from the last checkpoint when one dies:
+  torchrun --nproc-per-node=4 --max-restarts=3 tools/train.py FILE --output-dir runs/four \\
+      --resume-or-start
 """
 
 

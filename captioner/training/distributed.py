@@ -5,6 +5,10 @@ What may fail in one process alone is done ``together``: then it fails in all, a
 fault it is say so. A process that ends outright breaks its connections, so that the next meeting
 fails in all others. Small things go over gloo on the CPU, gradients on a GPU over NCCL.
 
+Where machines are to be replaced while a run goes on, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for
+torchrun: else its agents (torch 2.14) tell where they meet in the first round alone, and one that
+comes later never learns it.
+
 What a run computes doesn't depend on how many there are, but for rounding and two things:
 
 - Dropout and scheduled sampling take random numbers of each process, by seed and rank. They are
@@ -39,6 +43,7 @@ T = TypeVar("T")
 
 # Longest wait for the others: the first may be scoring, or writing to a slow disk.
 PATIENCE = timedelta(minutes=30)
+MEETING = timedelta(minutes=5)  # in which all have started
 GRACE_SECONDS = 30.0  # after which torchrun, too, kills a process that it has told to end
 _BROKEN_CONNECTION = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed out|ProcessGroup"
@@ -119,14 +124,14 @@ class Processes:
         torchrun may keep one store over its restarts. In it are the addresses of processes that
         have died, and who takes one of these for that of another process waits for it in vain.
         """
-        store, _, _ = next(dist.rendezvous("env://", self.rank, self.count, timeout=PATIENCE))
+        store, _, _ = next(dist.rendezvous("env://", self.rank, self.count, timeout=MEETING))
         if not self.is_first:
             own = secrets.token_hex(8)
             store.set(f"here/{self.rank}", own)
             name = store.get(f"answer/{own}").decode()  # waits for it
             store.set(f"{name}/{self.rank}", "")
             return dist.PrefixStore(name, store)
-        name, deadline = secrets.token_hex(8), time.monotonic() + PATIENCE.seconds
+        name, deadline = secrets.token_hex(8), time.monotonic() + MEETING.seconds
         answered: set[str] = set()
         others = range(1, self.count)
         while not store.check([f"{name}/{other}" for other in others]):

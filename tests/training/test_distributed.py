@@ -1,7 +1,9 @@
 """Several processes train one model: real ones, on gloo."""
 
+import json
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,17 @@ def test_the_cache_filled_by_two_is_that_filled_by_one(experiment, tmp_path, cre
             assert (of_two / file).read_bytes() == (stores[1][name] / file).read_bytes()
 
 
+def test_one_process_tracks(experiment, tmp_path, crew):
+    out = tmp_path / "run"
+    settings = ["training.epochs=1", "wandb.mode=offline", "training.gradient_flow_every=3"]
+    assert crew.run(experiment, *settings, "--output-dir", out) == [0, 0]
+    assert len(list(out.glob("wandb/offline-run-*"))) == 1
+    kinds = Counter(row["kind"] for row in read_log(out))
+    assert kinds == {"step": 3, "gradient_flow": 1, "epoch": 1}
+    assert (out / "gradient_flow.png").exists()
+    assert len(json.loads((out / "run.json").read_text())["sessions"]) == 1
+
+
 # --- stopped, killed, resumed -------------------------------------------------------------------
 
 # In the first step, in the middle of an epoch, in validation, and while a checkpoint is written.
@@ -201,6 +214,40 @@ def test_what_processes_that_died_left_in_torchruns_store_misleads_none(whole, t
         assert crew.run(*argv, setup=kill, store=store) == [1, -signal.SIGKILL]
     assert crew.run(*argv, store=store) == [0, 0]
     assert_same_run(uninterrupted, tmp_path / "run")
+
+
+STAGES = """
+[[stages]]
+name = "first"
+training.epochs = 1
+[[stages]]
+name = "tuned"
+encoder.fine_tune_from = "features.12"
+training.epochs = 1
+"""
+# At the end of the first stage, and in the second.
+STAGE_MOMENTS = [
+    ("stages.write_json", "args[0].name == 'finished.json'"),
+    ("trainer.Trainer._optimise", "not args[0].model.encoder.frozen and rank == 1"),
+]
+
+
+def test_stages_that_are_killed_end_as_if_they_never_were(experiment, tmp_path, crew):
+    experiment.write_text(experiment.read_text() + STAGES)
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert crew.run(experiment, "training.batch_size=2", "--output-dir", whole) == [0, 0]
+    assert "tuned, best after 1 of 1 epochs:" in crew.output(0)
+    argv = [experiment, "training.batch_size=2", "--output-dir", out, "--resume-or-start"]
+    for place, when in STAGE_MOMENTS:
+        setup = AT.format(place=place, when=when, signal="SIGKILL")
+        codes = crew.run(*argv, setup=f"import captioner.training.stages as stages\n{setup}")
+        assert sorted(codes) == [-signal.SIGKILL, 1]
+    assert crew.run(*argv) == [0, 0]
+    for stage in ("first", "tuned"):
+        assert_same_run(whole / stage, out / stage)
+    assert_same_weights(whole / "best", out / "best")
+    assert crew.run(*argv) == [0, 0]
+    assert "stage tuned: finished already" in crew.output(0)
 
 
 # --- torchrun itself ----------------------------------------------------------------------------
