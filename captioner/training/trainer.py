@@ -135,10 +135,10 @@ class Trainer:
             training.seed,
             self.config.data.max_words,
         )
-        steps_in_epoch = -(-len(epochs) // training.accumulation_steps)
-        self.total_steps = steps_in_epoch * training.epochs
+        self.total_steps = -(-len(epochs) // training.accumulation_steps) * training.epochs
         samples = val_set.select(range(min(len(val_set), self.config.wandb.sample_images)))
-        thumbnails = [load_thumbnail(path) for path in samples.paths]
+        with self.processes.together():
+            thumbnails = [load_thumbnail(path) for path in samples.paths]
         if training.init_from and not self.state.best_scores:
             self._keep_initial_scores(self._validate(val_set, val_inputs))
         while self.state.epoch < training.epochs and not self._out_of_patience():
