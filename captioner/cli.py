@@ -79,7 +79,7 @@ def command(main: Main) -> Main:
             finally:
                 sys.stdout.flush()  # a closed pipe must show here, not when Python ends
         except CaptionerError as error:
-            return _end(f"error: {error}", error.exit_code)
+            return _end(f"error: {error}" if str(error) else "", error.exit_code)
         except KeyboardInterrupt:
             return _end("stopped by Ctrl-C", 130)
         except BrokenPipeError:
@@ -115,7 +115,7 @@ def _end(message: str, exit_code: int) -> int:
     """Tell how a command ended, if anybody listens; return its exit code."""
     with contextlib.suppress(OSError):
         if message:
-            log_line(message)
+            log_line(message, urgent=True)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -254,7 +254,9 @@ class TrainingConfig:
         objective: "cross_entropy" with people's captions, or "self_critical": the reward of sampled
             ones (see ``SelfCriticalConfig``), from a model that can caption already.
         epochs: Passes over the training images.
-        batch_size: Images in a batch.
+        batch_size: Images in a batch, of each process that begins the run: two processes make it
+            twice as large (the learning rate stays as it is set). A run that goes on with another
+            number of processes keeps the size of its batches, and divides them anew.
         captions_per_image: Captions of each image in a batch, drawn anew each epoch where an
             image has more.
         learning_rate: Peak learning rate of the decoder.
@@ -287,6 +289,11 @@ class TrainingConfig:
             state at each step back in time; 0 never measures.
         checkpoint_every: Optimiser steps between writes of ``last`` within an epoch; 0 writes at
             the end of each epoch alone.
+        checkpoint_minutes: Minutes between writes of ``last``, besides; 0 goes by steps alone.
+        keep_last: So many of the latest ``last`` stay as ``last-STEP``; 0 keeps none.
+        deterministic: On a GPU, use slower operations that give the same bits each time, so that
+            two runs end with the same weights on the same kind of GPU and software with as many
+            processes; torch warns of those for which it has none. A CPU gives the same in any case.
     """
 
     objective: Objective = "cross_entropy"
@@ -311,6 +318,9 @@ class TrainingConfig:
     log_every: int = 20
     gradient_flow_every: int = 0
     checkpoint_every: int = 1000
+    checkpoint_minutes: float = 0.0
+    keep_last: int = 0
+    deterministic: bool = False
     init_from: str = ""
 
     def __post_init__(self) -> None:
@@ -320,7 +330,7 @@ class TrainingConfig:
             self, weight_decay=0.0, warmup_steps=0, gradient_clip=0.0, patience=0, seed=0
         )
         check_at_least(self, log_every=1, checkpoint_every=0, gradient_flow_every=0, bptt_window=0)
-        check_at_least(self, gradient_clip_value=0.0)
+        check_at_least(self, gradient_clip_value=0.0, checkpoint_minutes=0.0, keep_last=0)
         check_positive(self, "learning_rate")
         check_share(self, "label_smoothing")
         check_share(self, "scheduled_sampling")

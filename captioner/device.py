@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -74,6 +75,39 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def arithmetic(device: torch.device, precision: torch.dtype, deterministic: bool) -> Iterator[None]:
+    """Set how a GPU computes, until the context ends.
+
+    Args:
+        device: What computes; nothing is changed for others than GPUs.
+        precision: With torch.bfloat16 the matrix products that stay in float32 are computed in
+            TensorFloat-32.
+        deterministic: Have operations give the same bits each time on one kind of GPU with the same
+            software; torch warns of those that have no such version.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+    )
+    if precision == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.use_deterministic_algorithms(before[1])
+        torch.backends.cudnn.benchmark = before[2]
 
 
 def keep_freed_memory() -> None:

@@ -9,6 +9,7 @@
     ├── CheckpointError   a checkpoint that can't be read or doesn't fit
     ├── CacheError        a feature cache that can't be used
     ├── TrainingError     training that can't go on, such as a non-finite loss
+    ├── ProcessError      another process of the same run has ended; "" if it says why itself
     └── SearchError       a model that gives no probabilities to search among
 
 The command line prints the message of a ``CaptionerError`` as one line and exits with its
@@ -57,6 +58,10 @@ class CacheError(CaptionerError):
 
 class TrainingError(CaptionerError):
     """Training can't go on."""
+
+
+class ProcessError(CaptionerError):
+    """Another process of the same run has ended."""
 
 
 class SearchError(CaptionerError):

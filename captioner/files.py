@@ -136,17 +136,19 @@ def parse_json(text: str, place: str, error: type[CaptionerError] = DataError) -
 
 
 @contextlib.contextmanager
-def locked(path: str | Path, busy: CaptionerError | str) -> Iterator[None]:
+def locked(path: str | Path, busy: CaptionerError | str, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock file; the system releases it when a process dies.
 
     Args:
         path: The lock file; it stays behind, empty.
         busy: What to do while another process holds it: an error is raised; a text is printed,
             and the lock waited for.
+        patience: Seconds to wait for it before that.
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0.05, poll_interval=0.01)  # ``is_locked`` may hold it for a moment
+        # ``is_locked`` may hold it for a moment.
+        lock.acquire(timeout=max(patience, 0.05), poll_interval=0.01)
     except Timeout:
         if isinstance(busy, CaptionerError):
             raise busy from None
@@ -274,6 +276,15 @@ def recover_directory(path: str | Path) -> None:
     for name in os.listdir(path.parent) if path.parent.is_dir() else []:
         if leftover.fullmatch(name):
             shutil.rmtree(path.with_name(name), ignore_errors=True)
+
+
+def remove_directory(path: str | Path) -> None:
+    """Remove a directory that ``atomic_directory`` has written: it is there, whole, or not."""
+    path = Path(path).resolve()
+    try:
+        os.rename(path, _name_aside(path))
+    finally:
+        recover_directory(path)
 
 
 ATTEMPTS = 100  # a writer needs more than a millisecond, and an attempt far less

@@ -22,6 +22,14 @@ _UNPRINTABLE = re.compile(
 
 T = TypeVar("T")
 
+_hushed = False
+
+
+def hush() -> None:
+    """Have this process print what is urgent alone; another one prints what is the same in both."""
+    global _hushed
+    _hushed = True
+
 
 class Progress:
     """A progress bar with rate and time left, on standard error.
@@ -46,8 +54,8 @@ class Progress:
         delay: float = 0.0,
         hidden: bool = False,
     ) -> None:
-        self._terminal = sys.stderr is not None and sys.stderr.isatty() and not hidden
-        self._hidden = hidden
+        self._hidden = hidden or _hushed
+        self._terminal = sys.stderr is not None and sys.stderr.isatty() and not self._hidden
         description = printable(description)
         self._bar = tqdm(
             total=total,
@@ -121,9 +129,14 @@ def progress_iter(items: Iterable[T], description: str, total: int, unit: str) -
             bar.update()
 
 
-def log_line(message: str) -> None:
-    """Print a line for the person who watches, without disturbing a progress bar."""
-    if sys.stderr is not None:  # a service may have none
+def log_line(message: str, urgent: bool = False) -> None:
+    """Print a line for the person who watches, without disturbing a progress bar.
+
+    Args:
+        message: The line.
+        urgent: Print it even where the process was told to ``hush``.
+    """
+    if sys.stderr is not None and (urgent or not _hushed):  # a service may have no stderr
         tqdm.write(printable(message), file=sys.stderr)
         sys.stderr.flush()
 

@@ -6,6 +6,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from captioner.errors import ProcessError
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAST_WORDS = b"\nstopping after what is in flight, to keep it; a second signal stops at once\n"
 
@@ -54,6 +56,8 @@ class StopSignals:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self.received and isinstance(error, ProcessError):  # the others were stopped, too
+            raise Stopped(self.received) from None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         for heard in self._previous:

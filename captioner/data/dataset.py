@@ -190,6 +190,12 @@ class Batch:
     images: list[int]
     token_ids: Tensor
 
+    def share(self, number: int, count: int) -> "Batch":
+        """Return every ``count``-th image of it, from ``number`` on; it may have none."""
+        if count == 1:
+            return self
+        return Batch(self.images[number::count], self.token_ids[number::count])
+
 
 class TrainingBatches:
     """Cuts each epoch into batches of images whose captions are about equally long.

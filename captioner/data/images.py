@@ -234,7 +234,7 @@ def stream_pixels(
     """
     max_pixels()  # if it is set wrong, that is said here
     if workers < 0:
-        workers = min(16, _cores())
+        workers = min(16, count_cores())
     in_threads = device.type == "cpu" and workers > 0
     files = _ImageFiles(preprocessing, DecodingMemory(processes=not in_threads), augment)
     if in_threads:
@@ -270,7 +270,7 @@ def in_batches(count: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-def _cores() -> int:
+def count_cores() -> int:
     """Return how many cores this process may use (a container or job may have fewer)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -314,8 +314,9 @@ class Decoder(nn.Module, ABC):
                 weights = nn.functional.pad(weights, margin)
                 attention = weights if attention is None else attention + weights
         if attention is not None:
-            attention = attention[real.any(-1)]
-        columns, rows = zip(*outputs, strict=True), rows.to(inputs.device)
+            attention = chosen_rows(attention, real.any(-1))
+        columns = zip(*outputs, strict=True)
+        rows = rows.to(inputs.device, non_blocking=True)
         return tuple(torch.cat(parts)[rows] for parts in columns), positions, attention
 
     def _words_of_steps(
@@ -371,6 +372,17 @@ class TiedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (…, V) for (…, E)."""
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+def chosen_rows(x: Tensor, mask: Tensor) -> Tensor:
+    """Return x[mask] of a mask on the CPU, without waiting for the device of x.
+
+    Args:
+        x: (…, D).
+        mask: (…).
+    """
+    rows = mask.flatten().nonzero().squeeze(1).to(x.device, non_blocking=True)
+    return x.flatten(0, -2)[rows]
 
 
 def _first(x: Tensor, *sizes: int) -> Tensor:

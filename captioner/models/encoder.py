@@ -159,6 +159,20 @@ class Encoder(nn.Module):
         """Whether no part of the CNN is trained, so that features can be computed once."""
         return not self._trained
 
+    @property
+    def moving_statistics(self) -> list[Tensor]:
+        """Means and variances of batch norm that training moves; (C,) each."""
+        if self._batch_norm == "frozen":
+            return []
+        modules = [m for name in self._trained for m in self.cnn.get_submodule(name).modules()]
+        return [
+            buffer
+            for module in modules
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for buffer in (module.running_mean, module.running_var)
+            if buffer is not None
+        ]
+
     def train(self, mode: bool = True) -> "Encoder":
         """Set training mode on the trained stages alone: frozen batch-norm statistics stay."""
         super().train(False)

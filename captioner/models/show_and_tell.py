@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
 from captioner.errors import ConfigError
-from captioner.models.decoder import Decoder, Memory, State, StepOutput
+from captioner.models.decoder import Decoder, Memory, State, StepOutput, chosen_rows
 from captioner.models.dropout import Dropout
 from captioner.models.recurrent import RecurrentStack
 from captioner.models.recurrent_cells import states_per_layer
@@ -86,4 +86,4 @@ class ShowAndTell(Decoder):
             return outputs, positions, None
         words = self.dropout(self.embedding(inputs.flatten(0, 1)))  # (B * K, T, E)
         hidden = self.recurrence(words, self.recurrence.stack_state(state), bptt_window=bptt_window)
-        return (hidden[real.flatten(0, 1)],), real.nonzero(), None
+        return (chosen_rows(hidden, real.flatten(0, 1)),), real.nonzero(), None

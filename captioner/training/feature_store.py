@@ -174,6 +174,15 @@ class FeatureStore:
                     self._enter(*entry)
         return good_lines, bad_lines
 
+    def reload(self) -> None:
+        """Read what another process has written.
+
+        Raises:
+            CacheError: It can't be read.
+        """
+        with self._disk_errors("read"):
+            self._read_index()
+
     def _enter(self, content: str, row: int, checksum: int, file: FileStatus | None) -> None:
         self.row_by_content[content] = row
         self._checksums[row] = checksum

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel
 
@@ -21,6 +23,7 @@ from captioner.experiment_file import parse
 from captioner.files import open_together, parse_json, recover_directory
 from captioner.models.weights import load_pickled
 from captioner.progress import log_line
+from captioner.training.distributed import ALONE, Processes
 
 STATE_FILE = "training_state.pt"
 FORMAT = 2  # 1: other weights in the optimiser
@@ -34,6 +37,9 @@ FREE_TO_CHANGE = {
     "training.log_every",
     "training.gradient_flow_every",
     "training.checkpoint_every",
+    "training.checkpoint_minutes",
+    "training.keep_last",
+    "training.deterministic",
     "training.patience",
     "validation.batch_size",
 }
@@ -51,6 +57,8 @@ class TrainState:
         wandb_id: The run in Weights & Biases.
         loss, tokens, seconds: Sums over the finished batches of this epoch.
         log_bytes: Length of log.jsonl when the state was saved.
+        batch_images: Images in a batch, of all processes; 0 in the state of a run that was started
+            before several could train.
     """
 
     epoch: int = 0
@@ -63,6 +71,7 @@ class TrainState:
     tokens: int = 0
     seconds: float = 0.0
     log_bytes: int = 0
+    batch_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ class Circumstances:
         files_sha256: Of the sizes of all image files. This and what follows is "" or 0 in the
             state of a run that was started before it was recorded.
         device_name, torch_version, threads: The hardware, and what computes on it.
+        processes: How many train together.
     """
 
     train_sha256: str
@@ -86,6 +96,7 @@ class Circumstances:
     device_name: str = ""
     torch_version: str = ""
     threads: int = 0
+    processes: int = 1
 
     @classmethod
     def of_run(
@@ -94,6 +105,7 @@ class Circumstances:
         val_set: CaptionDataset,
         precision: torch.dtype,
         device: torch.device,
+        processes: int = 1,
     ) -> "Circumstances":
         """Return those of a run that is about to start."""
         sizes = [os.path.getsize(path) for path in (*train_set.paths, *val_set.paths)]
@@ -106,6 +118,7 @@ class Circumstances:
             name_of_device(device),
             str(torch.__version__),
             torch.get_num_threads(),
+            processes,
         )
 
     def check_same(self, saved: "Circumstances", output_dir: Path) -> None:
@@ -136,6 +149,7 @@ class Circumstances:
                 ("device", saved.device_name or saved.device, self.device_name),
                 ("torch", saved.torch_version, self.torch_version),
                 ("CPU threads", saved.threads, self.threads),
+                ("processes", saved.processes, self.processes),
             )
             if before and before not in (now, self.device)
         ]
@@ -258,8 +272,9 @@ def _check_content(state: Any, path: Path) -> None:
     parse(TrainState, state["train_state"], "train_state")
     parse(Circumstances, state["circumstances"], "circumstances")
     try:
-        torch.Generator().set_state(state["rng"])
-    except (RuntimeError, TypeError):
+        for rng in (state["rng"], *(rng for rng, _ in state.get("rng_others", []))):
+            torch.Generator().set_state(rng)
+    except (RuntimeError, TypeError, ValueError):
         raise ValueError("'rng': not the state of a random generator") from None
 
 
@@ -275,15 +290,40 @@ def check_same_settings(saved: dict[str, Any], given: dict[str, Any], output_dir
                 )
 
 
+Randomness = tuple[torch.Tensor, list[torch.Tensor]]  # of a process: on the CPU, on its GPU
+
+
+def randomness_of(device: torch.device) -> Randomness:
+    """Return the states of this process's random generators."""
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return torch.get_rng_state(), on_gpu
+
+
+def seed_process(config: Config, step: int, rank: int) -> None:
+    """Give one of several processes random numbers of its own, by seed, step and rank."""
+    sequence = np.random.SeedSequence((config.training.seed, step, rank))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
 def pack_state(
     state: TrainState,
     circumstances: Circumstances,
     config: Config,
     optimizer: torch.optim.Optimizer,
     average: AveragedModel | None,
-    device: torch.device,
+    randomness: Sequence[Randomness],
 ) -> dict[str, Any]:
-    """Return all that resuming needs besides the weights, as tensors and plain values."""
+    """Return all that resuming needs besides the weights, as tensors and plain values.
+
+    Args:
+        state: How far the run is.
+        circumstances: Of the run.
+        config: Of the run.
+        optimizer: The optimiser.
+        average: The average of the weights, if there is one.
+        randomness: Of each process.
+    """
+    (rng, rng_cuda), *others = randomness
     return {
         "format": FORMAT,
         "config": json.dumps(config.to_dict()),
@@ -291,18 +331,23 @@ def pack_state(
         "circumstances": dataclasses.asdict(circumstances),
         "optimizer": optimizer.state_dict(),
         "average": average.state_dict() if average else {},
-        "rng": torch.get_rng_state(),
-        "rng_cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+        "rng": rng,
+        "rng_cuda": rng_cuda,
+        "rng_others": others,
     }
 
 
 def unpack_state(
     packed: dict[str, Any],
+    config: Config,
     optimizer: torch.optim.Optimizer,
     average: AveragedModel | None,
     device: torch.device,
+    processes: Processes = ALONE,
 ) -> TrainState:
     """Return the saved state; set optimiser, average and random generators to where they were.
+
+    Random generators of another number of processes are seeded anew.
 
     Raises:
         CheckpointError: The optimiser or the average is that of another model.
@@ -317,8 +362,13 @@ def unpack_state(
             f"last/{STATE_FILE}: its optimiser or average isn't that of this model ({error}); "
             "start a new run in another --output-dir"
         ) from None
-    torch.set_rng_state(packed["rng"])
-    if device.type == "cuda" and len(packed["rng_cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(packed["rng_cuda"])
+    randomness = [(packed["rng"], packed["rng_cuda"]), *packed.get("rng_others", [])]
+    if len(randomness) != processes.count:
+        seed_process(config, state.step, processes.rank)
+    else:
+        rng, rng_cuda = randomness[processes.rank]
+        torch.set_rng_state(rng)
+        if device.type == "cuda" and rng_cuda:
+            torch.cuda.set_rng_state(rng_cuda[0], device)
     log_line(f"resuming after step {state.step}, in epoch {state.epoch + 1}")
     return state

@@ -24,11 +24,12 @@ import torch
 
 from captioner.config import Config
 from captioner.data.dataset import CaptionDataset, check_no_overlap
-from captioner.device import choose_device, choose_precision, memory_errors
+from captioner.device import arithmetic, choose_precision, memory_errors
 from captioner.errors import CheckpointError, ConfigError
 from captioner.files import locked, read_json, write_json
 from captioner.models.captioning_model import check_decoder_kind
 from captioner.stopping import StopSignals
+from captioner.training.distributed import ALONE, Processes
 from captioner.training.initial_model import (
     check_something_is_learnt,
     make_model,
@@ -44,11 +45,16 @@ from captioner.training.resume import (
 from captioner.training.tracking import choose_mode
 from captioner.training.trainer import Trainer
 
+LOST_PROCESSES_SECONDS = 60.0
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nltk", "wandb", "pycocotools")
 
 
 def train(
-    config: Config, output_dir: str | Path, resume: bool = False, or_start: bool = False
+    config: Config,
+    output_dir: str | Path,
+    resume: bool = False,
+    or_start: bool = False,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Train a captioner.
 
@@ -58,6 +64,7 @@ def train(
         resume: Continue the run in ``output_dir``, from its last checkpoint; the result is that
             of a run that was never interrupted.
         or_start: Where there is no run to resume, start one.
+        processes: They all call this, and see the same folder; the first one writes there.
 
     Returns:
         The validation scores of the best checkpoint.
@@ -67,7 +74,7 @@ def train(
         Stopped: By Ctrl-C or SIGTERM. What was trained is kept: see ``StopSignals``.
     """
     with StopSignals() as stop_signals:
-        return train_watched(config, output_dir, stop_signals, resume, or_start)
+        return train_watched(config, output_dir, stop_signals, resume, or_start, processes)
 
 
 def train_watched(
@@ -76,64 +83,89 @@ def train_watched(
     stop_signals: StopSignals,
     resume: bool = False,
     or_start: bool = False,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Do what ``train`` does, with signals that are watched for already."""
     output_dir = Path(output_dir)
-    check_settings(config)
-    with alone_in(output_dir, resume and not or_start):
-        saved = load_training_state(output_dir, config, resume, or_start)
-        return _train(config, output_dir, saved, stop_signals)
+    with processes.together():
+        check_settings(config, processes)
+    saved = None
+    with alone_in(output_dir, resume and not or_start, processes):
+        for turn in (True, False):  # the first one tidies up before the others read
+            with processes.together():
+                if processes.is_first == turn:
+                    saved = load_training_state(output_dir, config, resume, or_start)
+        device = processes.device(config.training.device)
+        precision = choose_precision(config.training.precision, device)
+        with arithmetic(device, precision, config.training.deterministic):
+            return _train(config, output_dir, saved, stop_signals, processes)
 
 
-def check_settings(config: Config) -> None:
+def check_settings(config: Config, processes: Processes = ALONE) -> None:
     """Refuse settings that can't be trained with here, before anything is read or written."""
     check_decoder_kind(config.decoder.kind)
     choose_mode(config.wandb)
-    choose_precision(config.training.precision, choose_device(config.training.device))
+    choose_precision(config.training.precision, processes.device(config.training.device))
 
 
 @contextlib.contextmanager
-def alone_in(output_dir: Path, must_exist: bool) -> Iterator[None]:
+def alone_in(output_dir: Path, must_exist: bool, processes: Processes = ALONE) -> Iterator[None]:
     """Hold the lock of a run's folder, which is made unless it must be there already.
+
+    Of several processes the first one holds it for all.
 
     Raises:
         CheckpointError: It must be there, and isn't.
-        ConfigError: Another process holds the lock.
+        ConfigError: Another run holds the lock.
     """
-    if must_exist and not output_dir.is_dir():
-        raise nothing_to_resume(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    busy = ConfigError(
-        f"{output_dir}: another process is training in this folder; wait for it, or take another "
-        "--output-dir"
-    )
-    with locked(output_dir / ".lock", busy):
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if processes.is_first:
+                if must_exist and not output_dir.is_dir():
+                    raise nothing_to_resume(output_dir)
+                output_dir.mkdir(parents=True, exist_ok=True)
+                busy = ConfigError(
+                    f"{output_dir}: another process is training in this folder; wait for it, or "
+                    "take another --output-dir"
+                )
+                # Processes that torchrun has lost sight of take some time to notice it.
+                seconds = LOST_PROCESSES_SECONDS if processes.count > 1 else 0.0
+                held.enter_context(locked(output_dir / ".lock", busy, seconds))
         yield
 
 
 def _train(
-    config: Config, output_dir: Path, saved: dict[str, Any] | None, stop_signals: StopSignals
+    config: Config,
+    output_dir: Path,
+    saved: dict[str, Any] | None,
+    stop_signals: StopSignals,
+    processes: Processes,
 ) -> dict[str, float]:
     """Train, alone in the run's folder; ``saved`` is what ``load_training_state`` gave."""
-    if not saved:
-        check_something_is_learnt(config)
-    device = choose_device(config.training.device)
-    precision = choose_precision(config.training.precision, device)
-    torch.manual_seed(config.training.seed)
-
-    train_set, val_set = load_splits(config)
-    model = make_model(config, train_set, output_dir if saved else None).to(device)
+    with processes.together():
+        if not saved:
+            check_something_is_learnt(config)
+        device = processes.device(config.training.device)
+        precision = choose_precision(config.training.precision, device)
+        torch.manual_seed(config.training.seed)
+        train_set, val_set = load_splits(config)
+        model = make_model(config, train_set, output_dir if saved else None).to(device)
     with memory_errors(lambda: f"encoding images with {config.encoder.name} on {device}"):
         train_set, train_inputs = prepare_inputs(
-            model, train_set, config, device, precision, training=True
+            model, train_set, config, device, precision, True, processes
         )
-        val_set, val_inputs = prepare_inputs(model, val_set, config, device, precision)
-    circumstances = Circumstances.of_run(train_set, val_set, precision, device)
-    if saved:
-        circumstances.check_same(Circumstances(**saved["circumstances"]), output_dir)
-    save_run_record(config, output_dir, device, precision, train_set, val_set)
-
-    trainer = Trainer(config, output_dir, model, device, precision, circumstances, saved)
+        val_set, val_inputs = prepare_inputs(
+            model, val_set, config, device, precision, False, processes
+        )
+    with processes.together():
+        circumstances = Circumstances.of_run(train_set, val_set, precision, device, processes.count)
+        if saved:
+            circumstances.check_same(Circumstances(**saved["circumstances"]), output_dir)
+        if processes.is_first:
+            save_run_record(config, output_dir, device, precision, train_set, val_set)
+        trainer = Trainer(
+            config, output_dir, model, device, precision, circumstances, saved, processes
+        )
     with trainer:
         stop_signals.deferred = True
         return trainer.fit(train_set, train_inputs, val_set, val_inputs, stop_signals)

@@ -26,6 +26,7 @@ from captioner.models.checkpoint import WEIGHTS_FILE
 from captioner.models.encoder import make_encoder
 from captioner.progress import log_line
 from captioner.stopping import StopSignals
+from captioner.training.distributed import ALONE, Processes
 from captioner.training.initial_model import (
     check_fits,
     check_something_is_learnt,
@@ -77,6 +78,7 @@ def train_stages(
     resume: bool = False,
     or_start: bool = False,
     only: Collection[str] = (),
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Train the stages of an experiment, each from the best checkpoint of the one before.
 
@@ -87,6 +89,7 @@ def train_stages(
             result is that of an experiment that was never interrupted.
         or_start: Where there is no run to resume, start one.
         only: Names of those to train; none: all. What they begin with must be there.
+        processes: As for ``run.train``.
 
     Returns:
         What each stage that is finished by now has reached, as in ``stages.json``.
@@ -98,17 +101,22 @@ def train_stages(
     output_dir = Path(output_dir)
     runs = _place(stages, output_dir)
     chosen = [run for run in runs if not only or run.stage.name in only]
-    _check_settings(chosen)
-    with StopSignals() as stop_signals, alone_in(output_dir, resume and not or_start):
-        for run in runs:
-            for name in ("last", "best"):
-                recover_directory(run.folder / name)
-        _check_folders(output_dir, chosen, resume, or_start)
+    with processes.together():
+        _check_settings(chosen, processes)
+    with StopSignals() as stop_signals, alone_in(output_dir, resume and not or_start, processes):
+        with processes.together():
+            if processes.is_first:
+                _recover_folders(runs)
+        with processes.together():
+            _check_folders(output_dir, chosen, resume, or_start)
         for run in chosen:
-            stop_signals.deferred = False
-            stop_signals.raise_if_received()  # it may have come when the stage before was over
-            _train_stage(run, resume, stop_signals)
-            _publish(output_dir, runs)
+            with processes.together():
+                stop_signals.deferred = False
+                stop_signals.raise_if_received()  # it may have come when the one before was over
+            _train_stage(run, resume, stop_signals, processes)
+            with processes.together():
+                if processes.is_first:
+                    _publish(output_dir, runs)
     return [_read_finished(run) for run in runs if run.is_finished]
 
 
@@ -132,14 +140,14 @@ def _place(stages: Sequence[Stage], output_dir: Path) -> list[_Run]:
     return runs
 
 
-def _check_settings(chosen: Sequence[_Run]) -> None:
+def _check_settings(chosen: Sequence[_Run], processes: Processes) -> None:
     """Find what is wrong with a later stage before the first one takes its hours.
 
     What is wrong with the data or the CNN of the first shows as soon as it starts.
     """
     for run in chosen:
         with _naming(run.stage):
-            check_settings(run.config)
+            check_settings(run.config, processes)
     for before, run in itertools.pairwise(chosen):
         with _naming(run.stage):
             _check_paths(run)
@@ -186,6 +194,12 @@ def _naming(stage: Stage) -> Iterator[None]:
         raise type(error)(f"{stage.source}: {error}") from None
 
 
+def _recover_folders(runs: Sequence[_Run]) -> None:
+    for run in runs:
+        for name in ("last", "best"):
+            recover_directory(run.folder / name)
+
+
 def _check_folders(output_dir: Path, chosen: Sequence[_Run], resume: bool, or_start: bool) -> None:
     """Refuse to start where runs are, or without what to begin with; to resume where none is."""
     if (output_dir / "run.json").exists():
@@ -208,8 +222,20 @@ def _check_folders(output_dir: Path, chosen: Sequence[_Run], resume: bool, or_st
         raise nothing_to_resume(chosen[0].folder)
 
 
-def _train_stage(run: _Run, resume: bool, stop_signals: StopSignals) -> None:
+def _train_stage(run: _Run, resume: bool, stop_signals: StopSignals, processes: Processes) -> None:
     """Train a stage to its end, unless it has ended."""
+    with processes.together():
+        run, is_finished = _begin_stage(run)
+    if is_finished:
+        return
+    scores = train_watched(run.config, run.folder, stop_signals, resume, resume, processes)
+    with processes.together():
+        if processes.is_first:
+            write_json(run.folder / FINISHED_FILE, _summarise(run, scores))
+
+
+def _begin_stage(run: _Run) -> tuple[_Run, bool]:
+    """Return a stage as it is to be trained, and whether it is finished already."""
     if run.previous and run.is_begun:
         run = _check_origin(run, run.previous.folder / "best")
     elif run.previous and not run.previous.is_finished:
@@ -218,11 +244,10 @@ def _train_stage(run: _Run, resume: bool, stop_signals: StopSignals) -> None:
         saved = parse(Config, _read_record(run)["config"], str(run.folder / "run.json"))
         check_same_settings(saved.to_dict(), run.config.to_dict(), run.folder)
         log_line(f"stage {run.stage.name}: finished already")
-        return
+        return run, True
     origin = f", from {run.config.training.init_from}" if run.config.training.init_from else ""
     log_line(f"stage {run.stage.name}{origin}")
-    scores = train_watched(run.config, run.folder, stop_signals, resume, or_start=resume)
-    write_json(run.folder / FINISHED_FILE, _summarise(run, scores))
+    return run, False
 
 
 def _check_origin(run: _Run, best: Path) -> _Run:

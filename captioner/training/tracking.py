@@ -1,5 +1,6 @@
 """Tracking of a training run: JSON lines in its folder, and Weights & Biases."""
 
+import io
 import json
 import netrc
 import os
@@ -8,7 +9,7 @@ import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import wandb
 from PIL import Image
@@ -26,11 +27,14 @@ class JsonLog:
     """One JSON object a line, each with the optimiser ``step`` it belongs to.
 
     Args:
-        path: The file; it is continued if it exists.
+        path: The file; it is continued if it exists. None keeps no log.
         size: What lies beyond so many bytes is dropped: a resumed run writes it again.
     """
 
-    def __init__(self, path: Path, size: int = 0) -> None:
+    def __init__(self, path: Path | None, size: int = 0) -> None:
+        self._file: IO[bytes] = io.BytesIO()
+        if not path:
+            return
         self._file = open(path, "ab")  # noqa: SIM115 - open as long as training
         self._file.truncate(min(size, self._file.seek(0, os.SEEK_END)))
         self._file.seek(0, os.SEEK_END)
@@ -97,6 +101,7 @@ class Tracker:
         experiment: The resolved experiment, shown as the run's config.
         output_dir: Folder of the run; W&B's own files go into ``wandb`` below it.
         run_id: The run to resume, or None for a new one.
+        active: Whether this process tracks; else another one does.
 
     Attributes:
         run_id: For resuming; None when W&B is off.
@@ -108,8 +113,9 @@ class Tracker:
         experiment: Mapping[str, Any],
         output_dir: Path,
         run_id: str | None = None,
+        active: bool = True,
     ) -> None:
-        self._run = _start(config, experiment, output_dir, run_id)
+        self._run = _start(config, experiment, output_dir, run_id) if active else None
         self.run_id: str | None = self._run.id if self._run else None
         if self._run:
             self._run.define_metric("*", step_metric="step")

@@ -1,35 +1,26 @@
 """The training loop: batches, optimiser steps, validation, checkpoints."""
 
 import math
-import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from captioner.config import Config
 from captioner.data.annotations import ImageId
 from captioner.data.dataset import Batch, CaptionDataset, TrainingBatches, encode_captions
 from captioner.data.image_files import load_thumbnail
-from captioner.data.images import in_batches
-from captioner.data.predictions import write_predictions
-from captioner.data.tokenizer import tokenize
 from captioner.device import memory_errors
-from captioner.errors import TrainingError, UsageError
-from captioner.files import atomic_directory
-from captioner.metrics.diversity import describe
-from captioner.metrics.scores import compute_metrics
-from captioner.models.captioning_model import CaptioningModel, generate
-from captioner.models.checkpoint import save_checkpoint
-from captioner.models.inference_decoder import InferenceDecoder
-from captioner.models.inference_encoder import InferenceEncoder
+from captioner.errors import ProcessError, TrainingError, UsageError
+from captioner.models.captioning_model import CaptioningModel
 from captioner.progress import Progress, log_line
-from captioner.stopping import StopSignals
+from captioner.stopping import Stopped, StopSignals
 from captioner.training.averaging import make_average
+from captioner.training.checkpoints import keep_last, write_checkpoint
+from captioner.training.distributed import ALONE, Processes
 from captioner.training.gradient_flow import (
     LOG_KIND,
     equally_long_captions,
@@ -38,29 +29,26 @@ from captioner.training.gradient_flow import (
     measure_gradient_flow,
     plot_gradient_flow,
 )
-from captioner.training.inputs import Inputs
-from captioner.training.objectives import Objective, TrainingBatch, make_objective
+from captioner.training.inputs import Inputs, TrainingBatch, training_groups
+from captioner.training.objectives import Counts, Moment, Objective, make_objective
 from captioner.training.plots import draw_training
 from captioner.training.resume import (
-    STATE_FILE,
     Circumstances,
+    Randomness,
     TrainState,
     pack_state,
+    randomness_of,
+    seed_process,
     unpack_state,
 )
 from captioner.training.schedule import learning_rate_factor, make_optimizer, set_learning_rates
+from captioner.training.step_numbers import StepNumbers, UnreadSteps
 from captioner.training.tracking import JsonLog, Meter, Tracker, read_log
-
-PREDICTIONS_FILE = "val_predictions.json"
-VALIDATION_METRICS = ("BLEU", "ROUGE-L", "CIDEr-D")
-# What shows that a better score is none: see ``diversity.describe``.
-STATISTICS = (
-    *("vocabulary", "unique_captions", "length_mean", "ends_in_function_word", "repeats_ngram"),
-)
+from captioner.training.validation import Validation, caption_images
 
 
 class Trainer:
-    """Trains a model on one process; ``with`` closes its log and its W&B run.
+    """Trains a model; ``with`` closes its log and its W&B run.
 
     Args:
         config: The experiment.
@@ -70,6 +58,7 @@ class Trainer:
         precision: torch.bfloat16 or torch.float32, for matrix products.
         circumstances: Saved with the state, for whoever resumes it.
         saved: What ``load_training_state`` gave, to resume; None to start.
+        processes: They train it together; the first one writes.
     """
 
     def __init__(
@@ -81,7 +70,9 @@ class Trainer:
         precision: torch.dtype,
         circumstances: Circumstances,
         saved: dict[str, Any] | None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.config, self.output_dir = config, output_dir
         self.model, self.device, self.precision = model, device, precision
         self.circumstances = circumstances
@@ -89,11 +80,23 @@ class Trainer:
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         decay = config.training.average_decay
         self.average = make_average(model, decay) if decay else None
-        self.state = (
-            unpack_state(saved, self.optimizer, self.average, device) if saved else TrainState()
+        if saved:
+            self.state = unpack_state(
+                saved, config, self.optimizer, self.average, device, processes
+            )
+        else:
+            self.state = TrainState()
+            if processes.count > 1:
+                seed_process(config, 0, processes.rank)
+        # Each number that is read waits for the device, and on a CPU for nothing.
+        self.read_every = 1 if device.type == "cpu" else config.training.log_every
+        self._unread = UnreadSteps(processes)
+        self._saved_at = time.monotonic()
+        path = output_dir / "log.jsonl" if processes.is_first else None
+        self.log = JsonLog(path, self.state.log_bytes)
+        self.tracker = Tracker(
+            config.wandb, config.to_dict(), output_dir, self.state.wandb_id, processes.is_first
         )
-        self.log = JsonLog(output_dir / "log.jsonl", self.state.log_bytes)
-        self.tracker = Tracker(config.wandb, config.to_dict(), output_dir, self.state.wandb_id)
         self.state.wandb_id = self.tracker.run_id
         self.meter = Meter()
 
@@ -124,19 +127,21 @@ class Trainer:
             Stopped: ``stop_signals`` has received one; ``last`` was written.
         """
         training, self.stop_signals = self.config.training, stop_signals
-        objective = make_objective(self.model, self.config, self.precision, train_set)
+        objective = make_objective(
+            self.model, self.config, self.precision, train_set, self.processes
+        )
         log_line(f"objective: {objective.signature}")
         epochs = TrainingBatches(
             encode_captions(train_set, self.model.vocabulary),
-            training.batch_size,
+            self._choose_batch_size(),
             training.captions_per_image,
             training.seed,
             self.config.data.max_words,
         )
-        steps_in_epoch = -(-len(epochs) // training.accumulation_steps)
-        self.total_steps = steps_in_epoch * training.epochs
+        self.total_steps = -(-len(epochs) // training.accumulation_steps) * training.epochs
         samples = val_set.select(range(min(len(val_set), self.config.wandb.sample_images)))
-        thumbnails = [load_thumbnail(path) for path in samples.paths]
+        with self.processes.together():
+            thumbnails = [load_thumbnail(path) for path in samples.paths]
         if training.init_from and not self.state.best_scores:
             self._keep_initial_scores(self._validate(val_set, val_inputs))
         while self.state.epoch < training.epochs and not self._out_of_patience():
@@ -154,6 +159,17 @@ class Trainer:
         self._finish_run()
         return self.state.best_scores
 
+    def _choose_batch_size(self) -> int:
+        """Return how many images all processes have in a batch: as many as when the run began."""
+        count, before = self.processes.count, self.state.batch_images
+        if before and before != self.config.training.batch_size * count:
+            log_line(
+                f"batches of {before} images, as when this run began, are divided among {count} "
+                f"process{'es' if count > 1 else ''}: up to {-(-before // count)} images each"
+            )
+        self.state.batch_images = before or self.config.training.batch_size * count
+        return self.state.batch_images
+
     def _out_of_patience(self) -> bool:
         patience = self.config.training.patience
         stale = self.state.epoch - self.state.best_epoch
@@ -165,56 +181,92 @@ class Trainer:
     def _train_epoch(self, batches: list[Batch], inputs: Inputs, objective: Objective) -> None:
         """Train on the batches of an epoch from ``state.batch`` on."""
         training, state = self.config.training, self.state
-        remaining = batches[state.batch :]
-        loaded = inputs.batches([batch.images for batch in remaining], state.epoch)
-        group: list[TrainingBatch] = []
+        left = batches[state.batch :]
+        groups = training_groups(
+            left, inputs, state.epoch, training.accumulation_steps, self.processes
+        )
         self.meter = Meter()
         description = f"epoch {state.epoch + 1}/{training.epochs}"
         with Progress(description, len(batches), "batch", initial=state.batch) as bar:
-            pairs = zip(remaining, loaded, strict=True)
-            for number, (batch, (images, x)) in enumerate(pairs, 1):
-                if images:
-                    group.append(TrainingBatch(images, x, _token_ids_of(batch, images)))
-                state.batch += 1
-                is_full = number % training.accumulation_steps == 0 or number == len(remaining)
-                if group and is_full:
-                    self._optimise(group, objective)
-                    group = []
-                    self._stop_if_asked()
-                bar.update(1, f"loss {state.loss / max(1, state.tokens):.3f}")
+            while state.batch < len(batches):
+                group, counts = self._next_group(groups)
+                size = min(training.accumulation_steps, len(batches) - state.batch)
+                state.batch += size
+                if counts.images:
+                    self._optimise(group, objective, counts)
+                bar.update(size, f"loss {state.loss / max(1, state.tokens):.3f}")
 
-    def _optimise(self, group: list[TrainingBatch], objective: Objective) -> None:
-        """Take one optimiser step on some batches."""
+    def _next_group(
+        self, groups: Iterator[list[TrainingBatch]]
+    ) -> tuple[list[TrainingBatch], Counts]:
+        """Load the batches of a step; learn what all processes have, and what they want to do.
+
+        Raises:
+            CaptionerError: Some process couldn't load its part.
+            Stopped: Some process has received a signal; ``last`` was written.
+        """
+        error, group = None, []
+        try:
+            group = next(groups)
+        except Exception as raised:
+            error = raised
+        own = Counts.of(group)
+        stop = self.stop_signals.received or self.processes.parent_signal
+        minutes = self.config.training.checkpoint_minutes
+        due = minutes and time.monotonic() - self._saved_at >= 60 * minutes
+        is_due = bool(due and self.processes.is_first)  # one clock counts
+        rows = self.processes.exchange(
+            [own.tokens, own.captions, own.images, stop, is_due, error is not None]
+        )
+        *sums, _, due, failed = (sum(column) for column in zip(*rows, strict=True))
+        if failed:
+            raise error or ProcessError("")
+        if signal := max(row[3] for row in rows):
+            self._save("last")
+            raise Stopped(signal)
+        if due:
+            self._save("last")
+        return group, Counts(*sums)
+
+    def _optimise(self, group: list[TrainingBatch], objective: Objective, counts: Counts) -> None:
+        """Take one optimiser step; ``group`` is this process's part of what all count."""
         training, state = self.config.training, self.state
         factor = learning_rate_factor(state.step, self.total_steps, training)
         rate = set_learning_rates(self.optimizer, factor)
-        result = objective.compute_gradients(group, state.step, state.step / self.total_steps)
-        norms = nn.utils.clip_grad_norm_(self.trained, training.gradient_clip or math.inf)
-        loss, norm = torch.stack([result.loss, norms]).tolist()  # waits for the device, once a step
-        self._check_finite(loss, norm, rate)
+        moment = Moment(state.step, state.step / self.total_steps)
+        loss = objective.compute_gradients(group, counts, moment)
+        norm = nn.utils.clip_grad_norm_(self.trained, training.gradient_clip or math.inf)
+        self._unread.add(state.step + 1, rate, counts.images, loss, norm)
+        if (state.step + 1) % self.read_every == 0:
+            self._read_losses()
         if training.gradient_clip_value:
             nn.utils.clip_grad_value_(self.trained, training.gradient_clip_value)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.model.encoder.training:
+            self.processes.average(self.model.encoder.moving_statistics)
         if self.average:
             self.average.update_parameters(self.model)
         state.step += 1
-        state.loss += loss * result.tokens
-        state.tokens += result.tokens
-        images = sum(len(batch.images) for batch in group)
-        self.meter.add(result.tokens, images, {"loss": loss, **result.values})
         if state.step % training.log_every == 0:
-            self._log_step(norm, rate)
+            self._log_step(self._last_norm, rate)
         if training.gradient_flow_every and state.step % training.gradient_flow_every == 0:
-            self._log_gradient_flow(group[0])
+            self._log_gradient_flow(group)
         if training.checkpoint_every and state.step % training.checkpoint_every == 0:
             self._save("last")
 
-    def _stop_if_asked(self) -> None:
-        """Between two steps, write ``last`` and end if a signal has come."""
-        if self.stop_signals.received:
-            self._save("last")
-            self.stop_signals.raise_if_received()
+    def _read_losses(self) -> None:
+        """Add up the losses of the steps since they were last read.
+
+        Raises:
+            TrainingError: One isn't finite.
+        """
+        for step in self._unread.read():
+            self._check_finite(step)
+            self.state.loss += step.loss * step.tokens
+            self.state.tokens += step.tokens
+            self.meter.add(step.tokens, step.images, {"loss": step.loss, **step.values})
+            self._last_norm = step.norm
 
     def _memory_advice(self) -> str:
         training, last = self.config.training, self.output_dir / "last"
@@ -227,16 +279,17 @@ class Trainer:
             f"captions_per_image{kept}"
         )
 
-    def _check_finite(self, loss: float, norm: float, rate: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
+    def _check_finite(self, step: StepNumbers) -> None:
+        if math.isfinite(step.loss) and math.isfinite(step.norm):
             return
         last = self.output_dir / "last"
         hint = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint is there"
-        raise TrainingError(
-            f"step {self.state.step + 1}: the loss is {loss} and the gradient norm {norm} at a "
-            f"learning rate of {rate:.3g}; {hint}; try a smaller training.learning_rate or "
+        error = TrainingError(
+            f"step {step.number}: the loss is {step.loss} and the gradient norm {step.norm} at a "
+            f"learning rate of {step.rate:.3g}; {hint}; try a smaller training.learning_rate or "
             "training.gradient_clip, or training.precision=float32"
         )
+        raise error if self.processes.is_first else ProcessError("")  # all see the same numbers
 
     def _log_step(self, norm: float, rate: float) -> None:
         values = {
@@ -250,8 +303,11 @@ class Trainer:
         self.state.seconds += self.meter.seconds
         self.meter = Meter()
 
-    def _log_gradient_flow(self, batch: TrainingBatch) -> None:
+    def _log_gradient_flow(self, group: list[TrainingBatch]) -> None:
         """Measure on some captions of a batch, without changing anything that training uses."""
+        if not (self.processes.is_first and group):
+            return
+        batch = group[0]
         images, captions = equally_long_captions(batch.token_ids)
         self.model.eval()
         with torch.no_grad():
@@ -265,42 +321,42 @@ class Trainer:
         self.log.write(kind=LOG_KIND, step=self.state.step, epoch=self.state.epoch + 1, **flow)
         self.tracker.log(self.state.step, flow_numbers(flow))
 
-    def _validate(self, val_set: CaptionDataset, val_inputs: Inputs) -> "Validation":
+    def _validate(self, val_set: CaptionDataset, val_inputs: Inputs) -> Validation:
         """Caption freely and score; whatever ends it early, a resumed run begins it anew."""
         started = time.monotonic()
         self._save("last")
         size = self.config.validation.batch_size
-        with memory_errors(
-            lambda: (
-                f"in validation on {self.device} with validation.batch_size={size}; --resume "
-                "goes on here with a smaller one"
-            )
+        with (
+            self.processes.together(),
+            memory_errors(
+                lambda: (
+                    f"in validation on {self.device} with validation.batch_size={size}; --resume "
+                    "goes on here with a smaller one"
+                )
+            ),
         ):
             captions = self.caption(val_set, val_inputs)
-        scores = compute_metrics(captions, val_set.references, VALIDATION_METRICS)
-        statistics = describe([tokenize(caption) for caption in captions.values()])
-        chosen = {name: statistics[name] for name in STATISTICS}
-        return Validation(scores, chosen, captions, time.monotonic() - started)
+        parts = self.processes.gather(captions)
+        validation = None
+        with self.processes.together():
+            if self.processes.is_first:
+                captions = {image: text for part in parts for image, text in part.items()}
+                validation = Validation.of(captions, val_set, started)
+        return cast(Validation, self.processes.first_says(validation))
 
     def caption(self, dataset: CaptionDataset, inputs: Inputs) -> dict[ImageId, str]:
-        """Caption images by free-running search; one that can't be read any more gets ""."""
-        batches = in_batches(len(dataset), self.config.validation.batch_size)
-        captions: dict[ImageId, str] = dict.fromkeys(dataset.image_ids, "")
-        model = self.evaluated_model
-        decoder = InferenceDecoder(model.decoder, self.precision)
-        cnn = None if model.encoder.frozen else InferenceEncoder(model.encoder, self.precision)
-        with Progress("validation", len(dataset), "image") as bar:
-            for indices, x in inputs.batches(batches):
-                if indices:
-                    features = cnn(x) if cnn else model.features(x, self.precision)
-                    hypotheses = generate([decoder], [features], model.search, model.vocabulary)
-                    best = model.best_captions(hypotheses)
-                    captions |= zip((dataset.image_ids[i] for i in indices), best, strict=True)
-                bar.update(len(indices))
-                self.stop_signals.raise_if_received()
-        return captions
+        """Caption this process's part of some images: see ``caption_images``."""
+        return caption_images(
+            self.evaluated_model,
+            dataset,
+            inputs,
+            self.config.validation.batch_size,
+            self.precision,
+            self.processes,
+            self.stop_signals,
+        )
 
-    def _keep_initial_scores(self, validation: "Validation") -> None:
+    def _keep_initial_scores(self, validation: Validation) -> None:
         """Keep the checkpoint that a run begins with as its best so far."""
         state, metric = self.state, self.config.validation.metric
         state.best_scores = validation.scores
@@ -313,7 +369,7 @@ class Trainer:
             f"{validation.scores[metric]:.4f}"
         )
 
-    def _finish_epoch(self, validation: "Validation") -> None:
+    def _finish_epoch(self, validation: Validation) -> None:
         """Log an epoch, keep its checkpoint, and the best one."""
         state, metric = self.state, self.config.validation.metric
         train_seconds = state.seconds + self.meter.seconds - validation.seconds
@@ -330,7 +386,8 @@ class Trainer:
             state.best_epoch, state.best_scores = state.epoch, scores
             self._save("best", validation.captions)
         self._save("last", validation.captions)
-        draw_training(self.output_dir)
+        if self.processes.is_first:
+            draw_training(self.output_dir)
         measured = validation.values("validation/")
         self.tracker.log(state.step, {"epoch": state.epoch, "train/epoch_loss": loss, **measured})
         log_line(
@@ -340,6 +397,11 @@ class Trainer:
 
     def _finish_run(self) -> None:
         """Draw the gradient flow where it was measured, and keep the best checkpoint in W&B."""
+        with self.processes.together():
+            if self.processes.is_first:
+                self._draw_and_keep()
+
+    def _draw_and_keep(self) -> None:
         measurements = logged_flow(read_log(self.output_dir / "log.jsonl"))
         if measurements:
             path = self.output_dir / "gradient_flow.png"
@@ -360,56 +422,25 @@ class Trainer:
             name: "best" or "last".
             captions: Of the validation that has just been; None keeps those of the one before.
         """
+        self._read_losses()  # no checkpoint holds what came of a loss that isn't finite
+        randomness = self.processes.gather(randomness_of(self.device)) if name == "last" else []
+        with self.processes.together():
+            if self.processes.is_first:
+                self._write(name, captions, randomness)
+        self._saved_at = time.monotonic()
+
+    def _write(
+        self, name: str, captions: dict[ImageId, str] | None, randomness: list[Randomness]
+    ) -> None:
         self.state.log_bytes = self.log.size
         scores: dict[str, float] = {"epoch": self.state.epoch, "step": self.state.step}
+        directory = self.output_dir / name
         if name == "best":
             scores |= self.state.best_scores
-        with atomic_directory(self.output_dir / name) as aside:
-            previous = self.output_dir / name / PREDICTIONS_FILE
-            if captions is not None:
-                rows = [{"image_id": i, "caption": text} for i, text in captions.items()]
-                write_predictions(aside / PREDICTIONS_FILE, rows)
-            elif previous.exists():
-                shutil.copyfile(previous, aside / PREDICTIONS_FILE)
-            if name == "last":
-                packed = pack_state(
-                    self.state,
-                    self.circumstances,
-                    self.config,
-                    self.optimizer,
-                    self.average,
-                    self.device,
-                )
-                torch.save(packed, aside / STATE_FILE)
-            model = self.model if name == "last" else self.evaluated_model
-            save_checkpoint(model, aside, scores)  # last: its checksums are of all files
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What a validation gave.
-
-    Attributes:
-        scores: Of the freely decoded captions, each metric's.
-        statistics: What these captions are like: see ``STATISTICS``.
-        captions: By image id.
-        seconds: How long it took.
-    """
-
-    scores: dict[str, float]
-    statistics: dict[str, float]
-    captions: dict[ImageId, str]
-    seconds: float
-
-    def values(self, prefix: str = "") -> dict[str, float]:
-        """Return all numbers, for the log."""
-        numbers = {"validation_seconds": self.seconds, **self.scores, **self.statistics}
-        return {f"{prefix}{name}": value for name, value in numbers.items()}
-
-
-def _token_ids_of(batch: Batch, images: Sequence[int]) -> Tensor:
-    """Return the token ids of those of a batch's images that could be read."""
-    if list(images) == batch.images:
-        return batch.token_ids
-    readable = set(images)
-    return batch.token_ids[[image in readable for image in batch.images]]
+            write_checkpoint(directory, self.evaluated_model, scores, captions)
+            return
+        packed = pack_state(
+            self.state, self.circumstances, self.config, self.optimizer, self.average, randomness
+        )
+        write_checkpoint(directory, self.model, scores, captions, packed)
+        keep_last(directory, self.state.step, self.config.training.keep_last)

@@ -19,7 +19,7 @@ from captioner.data.images import Preprocessing
 from captioner.errors import CacheError, ImageError
 from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
-from captioner.training import feature_cache
+from captioner.training import feature_encoder
 from captioner.training.feature_cache import cached_features, report_failures
 from captioner.training.feature_store import FileStatus, default_cache_dir
 
@@ -95,7 +95,7 @@ def assert_close(found, expected):
 @pytest.fixture
 def settled(monkeypatch):
     """Files are remembered although they were written just now."""
-    monkeypatch.setattr(feature_cache, "SETTLED_NS", -1)
+    monkeypatch.setattr(feature_encoder, "SETTLED_NS", -1)
 
 
 def stores(cache):
@@ -179,7 +179,7 @@ def test_the_second_time_nothing_is_encoded_read_or_written(
     old = time.time_ns() - 10**10
     for name in before:
         os.utime(store / name, ns=(old, old))
-    monkeypatch.setattr(feature_cache, "hash_file", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(feature_encoder, "hash_file", lambda path: pytest.fail(f"{path} is read"))
     again = get(encoder, paths[::-1], tmp_path / "cache")
     assert again.rows.tolist() == first.rows.tolist()[::-1]
     assert contents(store) == before
@@ -238,12 +238,12 @@ def test_a_data_set_that_has_moved_keeps_its_features(
     moved.parent.mkdir()
     first = get(encoder, paths, cache)
     move(paths[0].parent, moved)
-    monkeypatch.setattr(feature_cache, "InferenceEncoder", lambda *_: pytest.fail("encoding"))
+    monkeypatch.setattr(feature_encoder, "InferenceEncoder", lambda *_: pytest.fail("encoding"))
     paths = [moved / path.name for path in paths]
     assert get(encoder, paths, cache).rows.tolist() == first.rows.tolist()
     assert rows_on_disk(only_store(cache)) == COUNT
     # From then on it is known where it is.
-    monkeypatch.setattr(feature_cache, "hash_file", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(feature_encoder, "hash_file", lambda path: pytest.fail(f"{path} is read"))
     assert get(encoder, paths, cache).rows.tolist() == first.rows.tolist()
 
 

@@ -21,9 +21,10 @@ from captioner.experiment_file import load_config
 from captioner.models.captioning_model import CaptioningModel
 from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
-from captioner.training import feature_cache
+from captioner.training import feature_cache, feature_encoder
+from captioner.training.distributed import Processes
 from captioner.training.feature_store import FeatureStore, hash_file, list_stores
-from captioner.training.inputs import CachedInputs, prepare_inputs
+from captioner.training.inputs import CachedInputs, loaded_ahead, prepare_inputs
 from captioner.training.run import load_splits, train
 
 CPU = torch.device("cpu")
@@ -195,7 +196,7 @@ def test_views_are_encoded_once_and_shared_by_seeds_of_training(
 ):
     _, inputs = prepare(encoder, dataset, load_config(experiment, VIEWS))
     capsys.readouterr()
-    monkeypatch.setattr(feature_cache, "InferenceEncoder", lambda *_: pytest.fail("encoding"))
+    monkeypatch.setattr(feature_encoder, "InferenceEncoder", lambda *_: pytest.fail("encoding"))
     order = list(reversed(range(24)))  # a view belongs to the image, wherever it is in the list
     _, other = prepare(encoder, dataset.select(order), load_config(experiment, VIEWS))
     assert "computed" not in capsys.readouterr().err
@@ -272,7 +273,8 @@ def test_space_for_all_views_is_asked_for_beforehand(encoder, dataset, experimen
 
 def test_the_time_for_many_images_is_told(encoder, dataset, experiment, monkeypatch, capsys):
     monkeypatch.setattr(feature_cache, "MANY_IMAGES", 30)
-    monkeypatch.setattr(feature_cache, "ENCODE_BATCH_SIZE", 8)
+    for module in (feature_cache, feature_encoder):
+        monkeypatch.setattr(module, "ENCODE_BATCH_SIZE", 8)
     prepare(encoder, dataset, load_config(experiment, VIEWS))
     assert re.search(r", about \d+ s \(\d+ images/s\)", capsys.readouterr().err)
 
@@ -297,3 +299,63 @@ def test_settings_of_a_view_are_in_its_store(encoder, dataset, experiment):
     assert meta["augmentation"] == {"crop": 0.4, "flip": True, "colour": 0.3, "seed": 0, "view": 2}
     assert "augmentation" not in json.loads(inputs.views[0].store.meta_path.read_text())
     assert AugmentationConfig(**{k: v for k, v in meta["augmentation"].items() if k != "view"})
+
+
+# --- at a GPU's pace ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [[], VIEWS], ids=["plain", "views"])
+def test_features_on_the_device_are_those_of_the_cache(encoder, dataset, experiment, settings):
+    _, inputs = prepare(encoder, dataset, load_config(experiment, settings))
+    kept = inputs.on_device()
+    assert kept.kept.shape == (len(inputs.views), 24, *inputs.views[0].stored.shape[1:])
+    for epoch in (0, 1):
+        assert torch.equal(all_of(kept, epoch), all_of(inputs, epoch))
+    for (images, x), expected in zip(
+        kept.batches([[7, 2], [], [2]]), [[7, 2], [], [2]], strict=True
+    ):
+        assert (images, len(x)) == (expected, len(expected))
+
+
+def test_features_that_do_not_fit_stay_where_they_are(encoder, dataset, experiment, monkeypatch):
+    _, inputs = prepare(encoder, dataset, load_config(experiment))
+    size = inputs.on_device().kept.nbytes
+    monkeypatch.setattr("captioner.training.inputs.free_memory", lambda _: 2 * size - 1)
+    assert inputs.on_device() is inputs
+
+
+def test_what_is_loaded_ahead_comes_in_order_and_ends_with_its_error():
+    taken = []
+
+    def items():
+        for number in range(9):
+            taken.append(number)
+            if number == 6:
+                raise ImageError("a disk that fails")
+            yield number
+
+    loaded = loaded_ahead(items())
+    for number in range(6):
+        assert next(loaded) == number
+        assert len(taken) <= number + 5
+    with pytest.raises(ImageError, match="fails"):
+        next(loaded)
+    endless = loaded_ahead(iter(int, 1))
+    assert next(endless) == 0
+    endless.close()  # and its thread ends
+
+
+def test_the_cores_of_a_machine_are_shared(trained, dataset, experiment, monkeypatch):
+    """Two processes with -1 workers: each takes half of the cores."""
+    monkeypatch.setattr("captioner.training.inputs.count_cores", lambda: 12)
+    config = load_config(experiment, ["data.workers=-1"])
+    counts = []
+    monkeypatch.setattr(
+        "captioner.training.inputs._pixel_inputs",
+        lambda _, dataset, config, *rest: counts.append(config.data.workers),
+    )
+    for count in (1, 2, 24):
+        model = CaptioningModel(trained, config.decoder, ["a"], config.search)
+        processes = Processes(0, count)
+        prepare_inputs(model, dataset, config, CPU, torch.float32, processes=processes)
+    assert counts == [-1, 6, 1]

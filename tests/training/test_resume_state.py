@@ -17,6 +17,7 @@ from captioner.training.resume import (
     TrainState,
     load_training_state,
     pack_state,
+    randomness_of,
     unpack_state,
 )
 
@@ -39,7 +40,9 @@ def run(tiny_model, tmp_path) -> Path:
     circumstances = Circumstances("0" * 64, "1" * 64, "float32", "cpu")
     state = TrainState(epoch=2, step=9, best_scores={"BLEU-4": 0.5}, wandb_id="abc", loss=1 / 3)
     with atomic_directory(tmp_path / "run/last") as aside:
-        packed = pack_state(state, circumstances, CONFIG, make_optimizer(), None, CPU)
+        packed = pack_state(
+            state, circumstances, CONFIG, make_optimizer(), None, [randomness_of(CPU)]
+        )
         torch.save(packed, aside / STATE_FILE)
         save_checkpoint(tiny_model, aside, {})
     return tmp_path / "run"
@@ -65,7 +68,7 @@ def refusal(run: Path) -> str:
 def test_what_was_saved_comes_back(run):
     state = load_training_state(run, CONFIG, resume=True)
     optimizer = make_optimizer()
-    assert unpack_state(state, optimizer, None, CPU) == TrainState(
+    assert unpack_state(state, CONFIG, optimizer, None, CPU) == TrainState(
         epoch=2, step=9, best_scores={"BLEU-4": 0.5}, wandb_id="abc", loss=1 / 3
     )
     assert Circumstances(**state["circumstances"]).precision == "float32"
@@ -131,6 +134,7 @@ def changed(**values):
         (changed(train_state={"epochs": 2}), "train_state: unknown key 'epochs'"),
         (changed(circumstances={}), "circumstances: train_sha256: field required"),
         (changed(rng=torch.zeros(3)), "'rng': not the state of a random generator"),
+        (changed(rng_others=[5]), "'rng': not the state of a random generator"),
         (changed(format=torch.zeros(3)), "format"),
     ],
 )
@@ -146,13 +150,13 @@ def test_the_optimiser_of_another_model(run):
     with pytest.raises(
         CheckpointError, match=r"training_state\.pt: its optimiser or average isn't that of"
     ):
-        unpack_state(state, torch.optim.AdamW(layer.parameters()), None, CPU)
+        unpack_state(state, CONFIG, torch.optim.AdamW(layer.parameters()), None, CPU)
     for name in ("state", "param_groups"):
         broken = state | {"optimizer": {name: 5}}
         with pytest.raises(
             CheckpointError, match=r"training_state\.pt: its optimiser or average isn't that"
         ):
-            unpack_state(broken, make_optimizer(), None, CPU)
+            unpack_state(broken, CONFIG, make_optimizer(), None, CPU)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device"])

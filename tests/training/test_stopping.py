@@ -71,13 +71,13 @@ def test_sigterm_keeps_the_step_in_flight(experiment, tmp_path, server):
 
 # Sends a signal to the process itself where a run has come to a certain place.
 AT = """
-import captioner.training.trainer as trainer
-original = trainer.{place}
+import captioner.training.trainer as trainer, captioner.training.validation as validation
+original = {place}
 def signalled(*args, **kwargs):
     if {when}:
         os.kill(os.getpid(), signal.{signal})
     return original(*args, **kwargs)
-trainer.{place} = signalled
+{place} = signalled
 """
 
 
@@ -85,7 +85,7 @@ def test_ctrl_c_in_validation_begins_it_anew_when_resumed(experiment, tmp_path, 
     train(load_config(experiment), tmp_path / "whole")
     out = tmp_path / "run"
     argv = [experiment, "--output-dir", out]
-    validation = AT.format(place="generate", when="True", signal="SIGINT")
+    validation = AT.format(place="validation.generate", when="True", signal="SIGINT")
     assert server.run(*argv, setup=validation) == 128 + signal.SIGINT
     steps = [row["step"] for row in read_log(out)]
     assert steps == list(range(1, 7))  # the first epoch's, and no line of its end
@@ -111,7 +111,7 @@ inputs.cached_features = interrupted
 
 def test_a_second_signal_ends_at_once(experiment, tmp_path, server):
     out = tmp_path / "run"
-    once = AT.format(place="set_learning_rates", when="True", signal="SIGINT")
+    once = AT.format(place="trainer.set_learning_rates", when="True", signal="SIGINT")
     twice = once.replace("if True:", "for _ in range(2):")
     code = server.run(experiment, "--output-dir", out, setup=twice)
     assert code == -signal.SIGINT
@@ -157,9 +157,12 @@ def test_ignored_signals_stay_ignored_and_other_threads_change_none():
 
 # Just before ``best`` is written, between ``best`` and ``last``, and just after ``last``.
 MOMENTS = [
-    ("Trainer._save", "args[1] == 'best' and args[0].state.epoch == 2"),
-    ("Trainer._save", "args[1:2] == ('last',) and len(args) > 2 and args[0].state.epoch == 2"),
-    ("log_line", "args[0].startswith('epoch 2')"),
+    ("trainer.Trainer._save", "args[1] == 'best' and args[0].state.epoch == 2"),
+    (
+        "trainer.Trainer._save",
+        "args[1:2] == ('last',) and len(args) > 2 and args[0].state.epoch == 2",
+    ),
+    ("trainer.log_line", "args[0].startswith('epoch 2')"),
 ]
 
 
