@@ -205,7 +205,7 @@ class DecoderConfig:
             step before, at each step anew; what it remembers is kept (Semeniuta et al. 2016).
         attention_regularisation: Weight of the doubly stochastic term (Xu et al. 2015, eq. 14).
         attributes: So many of the vocabulary's most frequent words are predicted from the image, as
-            further input (see ``models.attributes``); 0 is without.
+            further input (see ``models.attributes``); 0 predicts none.
         attribute_weight: Weight of their binary cross-entropy, summed over the words, in the loss.
         recurrent_initialisation: What the recurrent weights of each gate begin with; "identity"
             with rnn_relu is the IRNN (Le et al. 2015).
