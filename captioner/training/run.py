@@ -4,6 +4,7 @@ A run's folder:
 
     best/, last/       checkpoints; ``last`` also holds what resuming needs
     log.jsonl          a line per log step, per epoch and per measurement of gradient flow
+    training.png       loss, validation scores, rate and learning rate, drawn at each epoch's end
     run.json           config, package versions, git commit, hardware, command; for a run that began
                        with a checkpoint (training.init_from), its path and SHA-256
     split.json         image ids of train and val
