@@ -65,7 +65,18 @@ class Annotations:
         return ", ".join(f"{name} {size}" for name, size in self.split_sizes.items())
 
 
-def read_annotations(path: str | Path, split: str | None = None) -> Annotations:
+def read_content(path: str | Path) -> Any:
+    """Return what a JSON captions file holds, for ``read_annotations``; None for another file.
+
+    Raises:
+        DataError: It is missing or no JSON.
+    """
+    return read_json(path) if Path(path).suffix.lower() == ".json" else None
+
+
+def read_annotations(
+    path: str | Path, split: str | None = None, content: Any = None
+) -> Annotations:
     """Read a captions file in whichever of the known formats it is.
 
     Args:
@@ -74,6 +85,7 @@ def read_annotations(path: str | Path, split: str | None = None) -> Annotations:
         split: Which images to take: a split name as in the Karpathy file or the CSV's ``split``
             column (several joined by ``+``: ``train+restval``), or a text file that lists image
             file names, one a line. None takes all.
+        content: What ``read_content`` gave, where several splits of a file are read.
 
     Raises:
         DataError: The file is missing, malformed or inconsistent; the message names the file,
@@ -85,7 +97,7 @@ def read_annotations(path: str | Path, split: str | None = None) -> Annotations:
     if path.suffix.lower() != ".json":
         annotations = _from_csv(path, split_name)
     else:
-        content = read_json(path)
+        content = read_content(path) if content is None else content
         if _is_karpathy(content):
             annotations = _from_karpathy(path, content, split_name)
         else:

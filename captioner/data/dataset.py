@@ -2,9 +2,11 @@
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,19 +30,21 @@ LONGEST_MEAN_WORD = 6  # letters; in all of these scripts words are shorter on a
 
 @dataclass(frozen=True)
 class CaptionDataset:
-    """The images of one split and their captions; four lists in the same order.
+    """The images of one split and their captions; all lists are in the same order.
 
     Attributes:
         name: What messages call it, such as the annotations file.
         image_ids: Ids as the annotations give them, integers or text.
         paths: The image files.
         captions: The captions of each image.
+        tokens: The words of each of these captions, as ``tokenize`` gives them.
     """
 
     name: str
     image_ids: list[ImageId]
     paths: list[Path]
     captions: list[list[str]]
+    tokens: list[list[list[str]]] = field(repr=False)
 
     @classmethod
     def load(
@@ -49,6 +53,7 @@ class CaptionDataset:
         images: str | Path,
         split: str | None = None,
         missing: str = "error",
+        content: Any = None,
     ) -> "CaptionDataset":
         """Read a captions file and find its images.
 
@@ -57,14 +62,15 @@ class CaptionDataset:
             images: The folder that file names start from.
             split: Which images to take; None takes all.
             missing: "error" refuses images that aren't on disk, "skip" leaves them out.
+            content: What the file holds, where it was read already: see ``read_annotations``.
 
         Raises:
             DataError: Nothing is left, or an image file is missing; with ids and counts.
         """
-        read = read_annotations(annotations, split)
+        read = read_annotations(annotations, split, content)
         for note in read.notes:
             log_line(f"warning: {note}")
-        entries = _with_words(read.images, str(annotations))
+        entries, tokens = _with_words(read.images, str(annotations))
         nameless = [image.image_id for image in entries if not image.file_name]
         if nameless:
             raise DataError(
@@ -80,6 +86,7 @@ class CaptionDataset:
             image_ids=[image.image_id for image in entries],
             paths=[paths[image.image_id] for image in entries],
             captions=[image.captions for image in entries],
+            tokens=[tokens[image.image_id] for image in entries],
         )
 
     def __len__(self) -> int:
@@ -92,6 +99,7 @@ class CaptionDataset:
             [self.image_ids[i] for i in indices],
             [self.paths[i] for i in indices],
             [self.captions[i] for i in indices],
+            [self.tokens[i] for i in indices],
         )
 
     @property
@@ -122,18 +130,27 @@ def _existing(
     return [image for image in entries if image.image_id not in gone]
 
 
-def _with_words(images: Sequence[AnnotatedImage], source: str) -> list[AnnotatedImage]:
-    """Leave out captions of punctuation alone, and images that have no other; say what is odd."""
-    kept, count, wordless, repeated, unspaced = [], 0, 0, 0, 0
+def _with_words(
+    images: Sequence[AnnotatedImage], source: str
+) -> tuple[list[AnnotatedImage], dict[ImageId, list[list[str]]]]:
+    """Leave out captions of punctuation alone, and images that have no other; say what is odd.
+
+    Returns:
+        The images that are left, and the words of each of their captions.
+    """
+    kept, tokens_by_image = [], {}
+    count, wordless, repeated, unspaced = 0, 0, 0, 0
     for image in images:
-        tokens = [tokenize(caption) for caption in image.captions]
-        pairs = zip(image.captions, tokens, strict=True)
+        pairs = [(caption, tokenize(caption)) for caption in image.captions]
         captions = [caption for caption, words in pairs if words]
+        # Each word once in memory, not once for each time that it is said.
+        tokens = [list(map(sys.intern, words)) for _, words in pairs if words]
         if captions:
             kept.append(AnnotatedImage(image.image_id, image.file_name, captions))
+            tokens_by_image[image.image_id] = tokens
         count += len(captions)
-        wordless += len(tokens) - len(captions)
-        repeated += len(captions) - len({tuple(words) for words in tokens if words})
+        wordless += len(pairs) - len(captions)
+        repeated += len(captions) - len(set(map(tuple, tokens)))
         unspaced += sum(map(_is_unspaced, tokens))
     if wordless:
         log_line(f"warning: {source}: {wordless} captions without a word are left out")
@@ -148,7 +165,7 @@ def _with_words(images: Sequence[AnnotatedImage], source: str) -> list[Annotated
             "between words (Chinese, Japanese, Thai, …) and become a word or two each; put spaces "
             "between their words with a word segmenter first"
         )
-    return kept
+    return kept, tokens_by_image
 
 
 def _is_unspaced(words: Sequence[str]) -> bool:
@@ -160,17 +177,32 @@ def _is_unspaced(words: Sequence[str]) -> bool:
 
 def check_no_overlap(train: CaptionDataset, val: CaptionDataset) -> None:
     """Raise a DataError when two splits share image files."""
-    trained = {path.resolve() for path in train.paths}
+    trained = set(_resolve(train.paths))
     shared = [
         image_id
-        for image_id, path in zip(val.image_ids, val.paths, strict=True)
-        if path.resolve() in trained
+        for image_id, path in zip(val.image_ids, _resolve(val.paths), strict=True)
+        if path in trained
     ]
     if shared:
         raise DataError(
             f"{val.name}: {len(shared)} of its images are in {train.name} too (ids "
             f"{name_some(shared)}); validation must be on images that training doesn't see"
         )
+
+
+def _resolve(paths: Sequence[Path]) -> list[str]:
+    """Return the paths without links, as ``os.path.realpath`` does; each folder is asked once."""
+    folders: dict[str, str] = {}
+    resolved = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if name in ("", os.pardir) or os.path.islink(path):
+            resolved.append(os.path.realpath(path))
+            continue
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        resolved.append(os.path.join(folders[folder], name))
+    return resolved
 
 
 def _in_split(split: str | None) -> str:
@@ -265,4 +297,4 @@ def pad(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
 
 def encode_captions(dataset: CaptionDataset, vocabulary: Vocabulary) -> list[list[list[int]]]:
     """Return the token ids of every caption of every image."""
-    return [[vocabulary.encode(caption) for caption in per_image] for per_image in dataset.captions]
+    return [[vocabulary.encode_tokens(words) for words in of_image] for of_image in dataset.tokens]

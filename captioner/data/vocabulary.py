@@ -1,5 +1,6 @@
 """Words and their ids."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -42,7 +43,12 @@ class Vocabulary:
     @classmethod
     def from_captions(cls, captions: Iterable[str], min_count: int = 1) -> "Vocabulary":
         """Count the words of the training captions; the most frequent come first."""
-        counts = Counter(word for caption in captions for word in tokenize(caption))
+        return cls.from_tokens(map(tokenize, captions), min_count)
+
+    @classmethod
+    def from_tokens(cls, captions: Iterable[Sequence[str]], min_count: int = 1) -> "Vocabulary":
+        """Do what ``from_captions`` does with captions that are cut into words already."""
+        counts = Counter(itertools.chain.from_iterable(captions))
         for special in SPECIAL_WORDS:
             counts.pop(special, None)
         kept = [word for word, count in counts.items() if count >= min_count]
@@ -53,7 +59,11 @@ class Vocabulary:
 
     def encode(self, caption: str) -> list[int]:
         """Return the ids of a caption's words, without BOS and EOS."""
-        return [self._ids.get(word, UNK) for word in tokenize(caption)]
+        return self.encode_tokens(tokenize(caption))
+
+    def encode_tokens(self, words: Iterable[str]) -> list[int]:
+        """Return the ids of words."""
+        return [self._ids.get(word, UNK) for word in words]
 
     def unknown_words(self, caption: str) -> list[str]:
         """Return the words of a caption that aren't in the vocabulary."""

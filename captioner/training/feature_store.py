@@ -21,6 +21,7 @@ with its new checksum. Of two lines with the same content or row the later one h
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -91,11 +92,16 @@ class StoredRows:
         self.replaced: dict[int, np.ndarray] = {}
         self._verified = np.zeros(len(checksums), dtype=bool)
         self._array = np.empty(shape, dtype=np.float16)
+        self._map: mmap.mmap | None = None
         if len(checksums):
-            self._array = np.memmap(path, dtype=np.float16, mode="r", shape=shape)
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            count = shape[0] * shape[1] * shape[2]
+            self._array = np.frombuffer(self._map, np.float16, count).reshape(shape)
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """Return a copy of these rows, (B, N, D), and the places in it of damaged ones."""
+        self._fetch(rows)
         values = np.asarray(self._array[rows])
         damaged = []
         for place in np.flatnonzero(~self._verified[rows]).tolist():
@@ -107,6 +113,15 @@ class StoredRows:
             else:
                 damaged.append(place)
         return values, damaged
+
+    def _fetch(self, rows: np.ndarray) -> None:
+        """Have the disk begin to read all of these rows; else it would get one at a time."""
+        if self._map is None or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        size = self._array[0].nbytes
+        for row in rows.tolist():
+            start = row * size // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, start, (row + 1) * size - start)
 
     def set_checksum(self, row: int, values: np.ndarray) -> None:
         """Expect these values, (N, D), in a row from now on."""

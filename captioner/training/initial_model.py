@@ -91,8 +91,9 @@ def _captions(dataset: CaptionDataset) -> list[str]:
 
 
 def _make_vocabulary(config: Config, train_set: CaptionDataset) -> Vocabulary:
-    captions, least = _captions(train_set), config.data.min_word_count
-    vocabulary = Vocabulary.from_captions(captions, least)
+    least = config.data.min_word_count
+    captions = [words for of_image in train_set.tokens for words in of_image]
+    vocabulary = Vocabulary.from_tokens(captions, least)
     if len(vocabulary) == len(SPECIAL_WORDS):
         raise DataError(
             f"{train_set.name}: no word comes data.min_word_count = {least} times in its "

@@ -4,6 +4,7 @@ A run's folder:
 
     best/, last/       checkpoints; ``last`` also holds what resuming needs
     log.jsonl          a line per log step, per epoch and per measurement of gradient flow
+    training.png       loss, validation scores, rate and learning rate, drawn at each epoch's end
     run.json           config, package versions, git commit, hardware, command; for a run that began
                        with a checkpoint (training.init_from), its path and SHA-256
     split.json         image ids of train and val
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from captioner.config import Config
+from captioner.data.annotations import read_content
 from captioner.data.dataset import CaptionDataset, check_no_overlap
 from captioner.device import arithmetic, choose_precision, memory_errors
 from captioner.errors import CheckpointError, ConfigError
@@ -174,14 +176,17 @@ def _train(
 def load_splits(config: Config) -> tuple[CaptionDataset, CaptionDataset]:
     """Read the images and captions of train and val."""
     data = config.data
+    files = {split: data.path(f"{split}_annotations") for split in ("train", "val")}
+    content = read_content(files["train"]) if files["train"] == files["val"] else None
     train_set, val_set = (
         CaptionDataset.load(
-            data.path(f"{split}_annotations"),
+            files[split],
             data.path(f"{split}_images"),
             data.split(f"{split}_split"),
             data.bad_images,
+            content,
         )
-        for split in ("train", "val")
+        for split in files
     )
     check_no_overlap(train_set, val_set)
     if config.validation.max_images:

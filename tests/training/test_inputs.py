@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from training_runs import assert_same_weights, read_log, wait_for_steps
 
 from captioner.config import AugmentationConfig
 from captioner.data.augmentation import of_epoch, of_view, views_of_epoch
-from captioner.data.dataset import CaptionDataset
 from captioner.data.images import Preprocessing
 from captioner.errors import CacheError, ImageError
 from captioner.experiment_file import load_config
@@ -229,7 +229,7 @@ def test_the_same_image_with_other_captions_may_be_flipped(encoder, dataset, exp
     config = load_config(experiment, ["augmentation.flip=true", "augmentation.views=8"])
     _, held = prepare(encoder, dataset, config)
     captions = [["a tree"] for _ in range(24)]
-    free_set = CaptionDataset("free", dataset.image_ids, dataset.paths, captions)
+    free_set = replace(dataset, captions=captions)
     _, free = prepare(encoder, free_set, config)
     _, again = prepare(encoder, dataset, config)
     pairs = [
