@@ -188,6 +188,18 @@ def test_a_signal_to_one_stops_all_at_the_same_step(whole, tmp_path, crew, place
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
+def test_a_signal_that_comes_twice_is_heard_once(whole, tmp_path, crew):
+    """From SLURM and from torchrun, say."""
+    experiment, uninterrupted = whole
+    argv = [experiment, *SETTINGS, "--output-dir", tmp_path / "run"]
+    setup = AT.format(place="trainer.Trainer._optimise", when="True", signal="SIGTERM")
+    setup = setup.replace("if True:", "for _ in range(2):")
+    assert crew.run(*argv, setup=setup) == [143, 143], crew.output(0)
+    assert "a second signal" not in crew.output(0)
+    assert crew.run(*argv, "--resume") == [0, 0]
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
 def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path, crew):
     """In the same order: with nothing dropped at random it ends nearly the same."""
     experiment, _ = whole
