@@ -103,10 +103,8 @@ def train_stages(
     chosen = [run for run in runs if not only or run.stage.name in only]
     with processes.together():
         _check_settings(chosen, processes)
-    with (
-        StopSignals(processes.count == 1) as stop_signals,
-        alone_in(output_dir, resume and not or_start, processes),
-    ):
+    alone = alone_in(output_dir, resume and not or_start, processes)
+    with StopSignals(processes.count == 1) as stop_signals, alone:
         with processes.together():
             if processes.is_first:
                 _recover_folders(runs)
