@@ -115,9 +115,7 @@ def train_stages(
                 stop_signals.deferred = False
                 stop_signals.raise_if_received()  # it may have come when the one before was over
             _train_stage(run, resume, stop_signals, processes)
-            with processes.together():
-                if processes.is_first:
-                    _publish(output_dir, runs)
+            _publish(output_dir, runs, processes)
     return [_read_finished(run) for run in runs if run.is_finished]
 
 
@@ -308,11 +306,17 @@ def _read_finished(run: _Run) -> dict[str, Any]:
     return content
 
 
-def _publish(output_dir: Path, runs: Sequence[_Run]) -> None:
+def _publish(output_dir: Path, runs: Sequence[_Run], processes: Processes) -> None:
     """Bring up to date what the experiment's folder shows of the stages that are finished.
 
     Whoever is killed here does it again when resumed.
     """
+    with processes.together():
+        if processes.is_first:
+            _publish_finished(output_dir, runs)
+
+
+def _publish_finished(output_dir: Path, runs: Sequence[_Run]) -> None:
     finished = [run for run in runs if run.is_finished]
     write_json(output_dir / STAGES_FILE, [_read_finished(run) for run in finished])
     source, target = finished[-1].folder / "best", output_dir / "best"
