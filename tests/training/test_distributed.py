@@ -124,7 +124,7 @@ def test_the_cache_filled_by_two_is_that_filled_by_one(experiment, tmp_path, cre
 def test_one_process_tracks(experiment, tmp_path, crew):
     out = tmp_path / "run"
     settings = ["training.epochs=1", "wandb.mode=offline", "training.gradient_flow_every=3"]
-    assert crew.run(experiment, *settings, "--output-dir", out) == [0, 0]
+    assert crew.run(experiment, *settings, "--output-dir", out) == [0, 0], crew.output(0)
     assert len(list(out.glob("wandb/offline-run-*"))) == 1
     kinds = Counter(row["kind"] for row in read_log(out))
     assert kinds == {"step": 3, "gradient_flow": 1, "epoch": 1}
