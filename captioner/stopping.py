@@ -9,7 +9,8 @@ from typing import Any
 from captioner.errors import ProcessError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAST_WORDS = b"\nstopping after what is in flight, to keep it; a second signal stops at once\n"
+LAST_WORDS = b"\nstopping after what is in flight, to keep it"
+AT_ONCE = b"; a second signal stops at once"
 
 
 class Stopped(KeyboardInterrupt):
@@ -31,12 +32,17 @@ class StopSignals:
     set, where ``raise_if_received`` is called. A second one ends the process at once. Outside of
     the main thread nothing is changed, and a signal that is ignored stays so.
 
+    Args:
+        second_ends: Else those after the first are ignored: a process of torchrun hears both of
+            what stops the whole job and of torchrun, which kills it should it take too long.
+
     Attributes:
         deferred: Whether the first signal waits for ``raise_if_received``.
         received: The signal that came; None before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, second_ends: bool = True) -> None:
+        self._second = signal.SIG_DFL if second_ends else signal.SIG_IGN
         self.deferred = False
         self.received: int | None = None
         self._previous: dict[signal.Signals, Any] = {}
@@ -61,11 +67,12 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         for heard in self._previous:
-            signal.signal(heard, signal.SIG_DFL)
+            signal.signal(heard, self._second)
         self.received = number
         if not self.deferred:
             raise Stopped(number)
-        os.write(2, LAST_WORDS)  # print isn't safe here: it may have been interrupted itself
+        words = LAST_WORDS + (AT_ONCE if self._second == signal.SIG_DFL else b"") + b"\n"
+        os.write(2, words)  # print isn't safe here: it may have been interrupted itself
 
     def raise_if_received(self) -> None:
         """Raise ``Stopped`` if a signal has come."""

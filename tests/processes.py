@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -33,11 +32,10 @@ class Crew:
             argv: Arguments of ``captioner train``.
             setup: Code that is run before, and knows ``rank``.
             count: How many processes.
-            store: What torchrun keeps over its restarts; else the first process makes its own.
+            store: What torchrun keeps over its restarts; None takes a new one.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = store.port if store else free.getsockname()[1]
+        # Kept here as torchrun keeps it: a free port that is looked for may be taken by then.
+        self._store = store or TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for server in self.servers:
             server.output.write_text("")
         self._ids = ids = []
@@ -48,8 +46,8 @@ class Crew:
                 "LOCAL_RANK": rank,
                 "LOCAL_WORLD_SIZE": count,
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "TORCHELASTIC_USE_AGENT_STORE": store is not None,
+                "MASTER_PORT": self._store.port,
+                "TORCHELASTIC_USE_AGENT_STORE": True,
             }
             named = {name: str(value) for name, value in variables.items()}
             code = f"rank = {rank}\nos.environ.update({named})\n{setup}"

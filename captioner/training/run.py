@@ -75,7 +75,7 @@ def train(
         CaptionerError: Anything that a user can mend; most before training starts.
         Stopped: By Ctrl-C or SIGTERM. What was trained is kept: see ``StopSignals``.
     """
-    with StopSignals() as stop_signals:
+    with StopSignals(processes.count == 1) as stop_signals:
         return train_watched(config, output_dir, stop_signals, resume, or_start, processes)
 
 

@@ -103,7 +103,8 @@ def train_stages(
     chosen = [run for run in runs if not only or run.stage.name in only]
     with processes.together():
         _check_settings(chosen, processes)
-    with StopSignals() as stop_signals, alone_in(output_dir, resume and not or_start, processes):
+    alone = alone_in(output_dir, resume and not or_start, processes)
+    with StopSignals(processes.count == 1) as stop_signals, alone:
         with processes.together():
             if processes.is_first:
                 _recover_folders(runs)
@@ -114,9 +115,7 @@ def train_stages(
                 stop_signals.deferred = False
                 stop_signals.raise_if_received()  # it may have come when the one before was over
             _train_stage(run, resume, stop_signals, processes)
-            with processes.together():
-                if processes.is_first:
-                    _publish(output_dir, runs)
+            _publish(output_dir, runs, processes)
     return [_read_finished(run) for run in runs if run.is_finished]
 
 
@@ -307,11 +306,17 @@ def _read_finished(run: _Run) -> dict[str, Any]:
     return content
 
 
-def _publish(output_dir: Path, runs: Sequence[_Run]) -> None:
+def _publish(output_dir: Path, runs: Sequence[_Run], processes: Processes) -> None:
     """Bring up to date what the experiment's folder shows of the stages that are finished.
 
     Whoever is killed here does it again when resumed.
     """
+    with processes.together():
+        if processes.is_first:
+            _publish_finished(output_dir, runs)
+
+
+def _publish_finished(output_dir: Path, runs: Sequence[_Run]) -> None:
     finished = [run for run in runs if run.is_finished]
     write_json(output_dir / STAGES_FILE, [_read_finished(run) for run in finished])
     source, target = finished[-1].folder / "best", output_dir / "best"

@@ -53,7 +53,8 @@ class UnreadSteps:
         if not taken:
             return []
         on_device = [tensor for *_, loss, norm in taken for tensor in (loss.loss, norm)]
-        numbers = torch.stack(on_device).tolist()
+        with self._processes.watched():  # on a GPU the others' end shows here, too
+            numbers = torch.stack(on_device).tolist()
         rows = [
             [own, loss.tokens, *loss.values.values()]
             for own, (*_, loss, _) in zip(numbers[::2], taken, strict=True)

@@ -124,7 +124,7 @@ def test_the_cache_filled_by_two_is_that_filled_by_one(experiment, tmp_path, cre
 def test_one_process_tracks(experiment, tmp_path, crew):
     out = tmp_path / "run"
     settings = ["training.epochs=1", "wandb.mode=offline", "training.gradient_flow_every=3"]
-    assert crew.run(experiment, *settings, "--output-dir", out) == [0, 0]
+    assert crew.run(experiment, *settings, "--output-dir", out) == [0, 0], crew.output(0)
     assert len(list(out.glob("wandb/offline-run-*"))) == 1
     kinds = Counter(row["kind"] for row in read_log(out))
     assert kinds == {"step": 3, "gradient_flow": 1, "epoch": 1}
@@ -184,6 +184,18 @@ def test_a_signal_to_one_stops_all_at_the_same_step(whole, tmp_path, crew, place
     assert "to go on" not in crew.output(1)
     state = torch.load(tmp_path / "run/last/training_state.pt", weights_only=True)
     assert state["train_state"]["step"] == {"validation.generate": 6}.get(place, 1)
+    assert crew.run(*argv, "--resume") == [0, 0]
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_a_signal_that_comes_twice_is_heard_once(whole, tmp_path, crew):
+    """From SLURM and from torchrun, say."""
+    experiment, uninterrupted = whole
+    argv = [experiment, *SETTINGS, "--output-dir", tmp_path / "run"]
+    setup = AT.format(place="trainer.Trainer._optimise", when="True", signal="SIGTERM")
+    setup = setup.replace("if True:", "for _ in range(2):")
+    assert crew.run(*argv, setup=setup) == [143, 143], crew.output(0)
+    assert "a second signal" not in crew.output(0)
     assert crew.run(*argv, "--resume") == [0, 0]
     assert_same_run(uninterrupted, tmp_path / "run")
 
