@@ -20,7 +20,7 @@ from benchmark_search import (
     products_alone,
     seconds_of,
 )
-from benchmark_training import self_critical_rates, training_rates
+from benchmark_training import self_critical_rates, training_rates, waiting_shares
 from torch import Tensor
 
 from captioner.cli import HelpFormatter, Parser, command
@@ -142,9 +142,11 @@ def measure(
             if "latency" in args.parts:
                 tables[f"{title}, latency"] = latency(captioner, checkpoint, dataset.paths)
             if "training" in args.parts:
-                tables[f"{title}, training"] = training_rates(
-                    captioner, dataset, args.batch_size, args.steps
-                )
+                sizes = (args.batch_size, args.steps)
+                tables[f"{title}, training"] = {
+                    **training_rates(captioner, dataset, *sizes),
+                    **waiting_shares(captioner, dataset, *sizes),
+                }
             if "self_critical" in args.parts:
                 tables[f"{title}, self-critical training"] = self_critical_rates(
                     captioner, dataset, features, args.batch_size

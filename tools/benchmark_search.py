@@ -21,7 +21,8 @@ PRODUCTS = ("linear", "_linear_pointwise", "mm", "addmm", "bmm", "baddbmm")
 TIMES = 3  # the shortest is taken: other work on the machine only adds to it
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -30,10 +31,10 @@ def seconds_of(run: Callable[[], object], device: torch.device, times: int = 1) 
     """Return how long something takes: the shortest of so many times."""
     durations = []
     for _ in range(times):
-        _synchronise(device)
+        synchronise(device)
         started = time.perf_counter()
         run()
-        _synchronise(device)
+        synchronise(device)
         durations.append(time.perf_counter() - started)
     return min(durations)
 

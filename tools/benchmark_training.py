@@ -1,6 +1,8 @@
 """The parts of ``benchmark.py`` that look at training; run that one."""
 
+import copy
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,10 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmark_search import TIMES, Products, seconds_of
+from benchmark_search import TIMES, Products, seconds_of, synchronise
 from torch import Tensor, nn
 
-from captioner.config import DecoderConfig
+from captioner.config import (
+    AugmentationConfig,
+    Config,
+    DataConfig,
+    DecoderConfig,
+    EncoderConfig,
+    TrainingConfig,
+)
 from captioner.data.dataset import CaptionDataset, TrainingBatches, encode_captions
 from captioner.data.images import in_batches, load_pixels
 from captioner.data.vocabulary import PAD
@@ -19,13 +28,17 @@ from captioner.device import autocast
 from captioner.errors import ConfigError
 from captioner.inference.captioner import Captioner
 from captioner.metrics.reward import CaptionReward
-from captioner.models.captioning_model import DECODERS, make_decoder
+from captioner.models.captioning_model import DECODERS, CaptioningModel, make_decoder
 from captioner.models.decoder import Decoder
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.inference_encoder import InferenceEncoder
 from captioner.progress import log_line
+from captioner.training.distributed import ALONE
 from captioner.training.feature_cache import cached_features
+from captioner.training.inputs import prepare_inputs, training_groups
 from captioner.training.losses import caption_loss
+from captioner.training.objectives import Counts, Moment, make_objective
+from captioner.training.schedule import make_optimizer
 from captioner.training.self_critical import Samples, sample_captions, self_critical_loss
 
 CAPTIONS_PER_IMAGE = 5
@@ -185,6 +198,65 @@ def training_rates(
             f"{kind}, its matrix products alone, of bare LSTM": training.rate_of_products() / bare,
         }
     return rates
+
+
+def waiting_shares(
+    captioner: Captioner, dataset: CaptionDataset, batch_size: int, steps: int
+) -> dict[str, float]:
+    """Return which share of the time of training steps is spent waiting for the data.
+
+    With cached features, and with pixels that are read and changed anew, for a CNN that is trained.
+    """
+    shares = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = DataConfig("", "", "", "", cache_dir=folder)
+        frozen = Config(data, training=TrainingConfig(batch_size=batch_size))
+        trained = replace(
+            frozen,
+            encoder=EncoderConfig(fine_tune_from="all", batch_norm="frozen"),
+            augmentation=AugmentationConfig(crop=0.6, flip=True, colour=0.2),
+        )
+        for name, config in {"frozen": frozen, "trained": trained}.items():
+            model = copy.deepcopy(captioner.model).requires_grad_()
+            model.encoder.fine_tune_from(config.encoder.fine_tune_from, config.encoder.batch_norm)
+            share, rate = _train_and_wait(captioner, model, dataset, config, steps)
+            shares[f"CNN {name}, share of a step waiting for data"] = share
+            shares[f"CNN {name}, images/s"] = rate
+    return shares
+
+
+def _train_and_wait(
+    captioner: Captioner,
+    model: CaptioningModel,
+    dataset: CaptionDataset,
+    config: Config,
+    steps: int,
+) -> tuple[float, float]:
+    """Return the share of waiting, and images/s, of as many steps after the first two."""
+    device, precision = captioner.device, captioner.precision
+    dataset, inputs = prepare_inputs(model, dataset, config, device, precision, training=True)
+    objective = make_objective(model, config, precision, dataset)
+    optimizer = make_optimizer(model, config)
+    captions = encode_captions(dataset, model.vocabulary)
+    plan = TrainingBatches(captions, config.training.batch_size, CAPTIONS_PER_IMAGE, 0, 40)
+    batches = [batch for epoch in range(1 + steps) for batch in plan.epoch(epoch)][: steps + 2]
+    groups = training_groups(batches, inputs, 0, 1, ALONE)
+    waited, images, started = 0.0, 0, 0.0
+    for number in range(len(batches)):
+        before = time.perf_counter()
+        group = next(groups)
+        if number == 2:
+            synchronise(device)
+            waited, images, started = 0.0, 0, time.perf_counter()
+            before = started
+        waited += time.perf_counter() - before
+        images += sum(len(batch.images) for batch in group)
+        objective.compute_gradients(group, Counts.of(group), Moment(number))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    synchronise(device)
+    seconds = time.perf_counter() - started
+    return waited / seconds, images / seconds
 
 
 class _SelfCriticalStep:

@@ -1,5 +1,6 @@
 """Tracking of a training run: JSON lines in its folder, and Weights & Biases."""
 
+import contextlib
 import io
 import json
 import netrc
@@ -7,7 +8,7 @@ import os
 import shlex
 import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -65,6 +66,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._since, self._tokens, self._images = time.monotonic(), 0, 0
+        self._waited = 0.0
         self._values: list[dict[str, float]] = []
 
     @property
@@ -78,6 +80,15 @@ class Meter:
         self._tokens += tokens
         self._images += images
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time that is spent in here as waiting for data."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - started
+
     def means(self) -> dict[str, float]:
         """Return the mean over the steps of each value."""
         return {
@@ -86,8 +97,9 @@ class Meter:
         }
 
     def rates(self) -> dict[str, float]:
-        """Return tokens and images a second."""
+        """Return tokens and images a second, and the seconds of waiting for data."""
         return {
+            "waiting_seconds": self._waited,
             "tokens_per_second": self._tokens / self.seconds,
             "images_per_second": self._images / self.seconds,
         }

@@ -207,7 +207,8 @@ class Trainer:
         """
         error, group = None, []
         try:
-            group = next(groups)
+            with self.meter.waiting():
+                group = next(groups)
         except Exception as raised:
             error = raised
         own = Counts.of(group)
