@@ -352,7 +352,7 @@ def _measure_runs(
 
 def _run(experiment: Path, run: Path, steps: int) -> tuple[float, float, float, float]:
     """Train some steps; return the seconds to the first, those of a CPU, and peaks of memory."""
-    words = [sys.executable, "-c", "from captioner.commands.train import main; main()"]
+    words = [sys.executable, str(Path(__file__).with_name("train.py"))]
     process = psutil.Popen([*words, str(experiment), "--output-dir", str(run)])
     started, first, busy, peaks = time.perf_counter(), 0.0, 0.0, [0.0, 0.0]
     log = run / "log.jsonl"

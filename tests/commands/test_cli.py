@@ -137,7 +137,7 @@ def test_version(capsys):
     [
         ("trian", "no command 'trian'; did you mean 'train'?"),
         ("captoin", "no command 'captoin'; did you mean 'caption'?"),
-        ("xyz", "no command 'xyz'; there are train, caption, merge"),
+        ("xyz", "no command 'xyz'; there are train, runs, caption"),
         ("--trian", "no command '--trian'"),
     ],
 )
