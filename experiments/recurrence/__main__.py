@@ -66,12 +66,6 @@ STUDIES: dict[str, Study] = {
         ("cell", "start", "length", "clipping"),
         ("lost", "steps", "infinite", "largest_norm", "last_loss"),
     ),
-    "adding_rates": Study(
-        memory.adding_rates,
-        memory.draw_adding_rates,
-        ("remedy", "rate"),
-        ("solved", "steps", "error"),
-    ),
     "adding": Study(
         memory.adding,
         memory.draw_adding,

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 FLICKR8K = ROOT.parent / "shared/data/flickr8k"
 WEIGHTS = ROOT.parent / "shared/weights/mobilenet_v2_imagenet.pth"
 GENERATED = [
-    *("time_series", "gradient_distance", "spectral_radius", "exploding", "adding_rates", "adding"),
+    *("time_series", "gradient_distance", "spectral_radius", "exploding", "adding"),
     *("truncation", "cost"),
 ]
 OF_CAPTIONS = [
