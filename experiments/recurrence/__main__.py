@@ -69,7 +69,7 @@ STUDIES: dict[str, Study] = {
     "adding": Study(
         memory.adding,
         memory.draw_adding,
-        ("remedy", "rate", "length"),
+        ("remedy", "length"),
         ("solved", "steps", "error"),
     ),
     "truncation": Study(

@@ -198,8 +198,8 @@ def exploding(setting: Setting) -> list[Record]:
     The adding problem, plain gradient descent at a rate of 0.01, 300 steps. What is shown is the
     norm of the gradient by all weights, a sum over all time steps: it explodes where the products
     of Jacobians of the study before do. Without clipping one such gradient throws the weights away
-    for good (Pascanu et al. 2013). Over 400 steps the IRNN's gradient grows beyond float32:
-    `infinite` is the share of the steps in which its norm is.
+    for good (Pascanu et al. 2013). `infinite` is the share of the steps in which the norm is no
+    finite number.
     """
     starts = [
         ("rnn_relu", "identity", 100),
