@@ -162,6 +162,25 @@ class TrainingServer:
         self._process.stdout.close()
 
 
+# Sends a signal to the process itself at the first call of a function for which a condition holds.
+AT = """
+import captioner.training.run as run, captioner.training.stages as stages
+import captioner.training.trainer as trainer, captioner.training.validation as validation
+original = {place}
+def signalled(*args, **kwargs):
+    if {when}:
+        os.kill(os.getpid(), signal.{signal})
+    return original(*args, **kwargs)
+{place} = signalled
+"""
+
+
+def assert_last_is_of_the_last_step(directory: Path) -> None:
+    """The checkpoint holds the step that was logged last: none was lost, none was half done."""
+    packed = torch.load(directory / "last/training_state.pt", weights_only=True)
+    assert packed["train_state"]["step"] == read_log(directory)[-1]["step"]
+
+
 def wait_for_steps(directory: Path, count: int, seconds: float = 60) -> None:
     """Wait until a run has logged so many lines."""
     log, deadline = directory / "log.jsonl", time.monotonic() + seconds

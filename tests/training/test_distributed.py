@@ -11,6 +11,8 @@ import torch
 from processes import Crew, Torchrun
 from torch.distributed import TCPStore
 from training_runs import (
+    AT,
+    assert_last_is_of_the_last_step,
     assert_same_weights,
     make_experiment,
     read_log,
@@ -22,23 +24,13 @@ from captioner.experiment_file import load_config
 from captioner.training.feature_store import list_stores
 from captioner.training.run import train
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs gloo")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="needs a torch with torch.distributed"
+)
 
 TUNED = ["encoder.fine_tune_from=features.9", "encoder.learning_rate=1e-4"]
 CRITICAL = ["training.objective=self_critical", "self_critical.cross_entropy_share=0.2"]
 NO_DROPOUT = "decoder.dropout=0"
-
-
-# Sends a signal to a process where a run has come to a certain place.
-AT = """
-import captioner.training.trainer as trainer, captioner.training.validation as validation
-original = {place}
-def signalled(*args, **kwargs):
-    if {when}:
-        os.kill(os.getpid(), signal.{signal})
-    return original(*args, **kwargs)
-{place} = signalled
-"""
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +253,7 @@ def test_stages_that_are_killed_end_as_if_they_never_were(experiment, tmp_path, 
     argv = [experiment, "training.batch_size=2", "--output-dir", out, "--resume-or-start"]
     for place, when in STAGE_MOMENTS:
         setup = AT.format(place=place, when=when, signal="SIGKILL")
-        codes = crew.run(*argv, setup=f"import captioner.training.stages as stages\n{setup}")
+        codes = crew.run(*argv, setup=setup)
         assert sorted(codes) == [-signal.SIGKILL, 1]
     assert crew.run(*argv) == [0, 0]
     for stage in ("first", "tuned"):
@@ -295,8 +287,7 @@ def test_sigterm_to_torchrun_writes_last_and_the_run_goes_on(whole, tmp_path, cr
     torchrun.process.send_signal(signal.SIGTERM)
     assert torchrun.wait() != 0
     assert "stopped by SIGTERM; to go on:" in torchrun.output.read_text()
-    state = torch.load(out / "last/training_state.pt", weights_only=True)["train_state"]
-    assert state["step"] == [row["step"] for row in read_log(out)][-1]
+    assert_last_is_of_the_last_step(out)
     assert crew.run(*argv, "--resume-or-start") == [0, 0]
     assert_same_run(uninterrupted, out)
 
@@ -314,8 +305,7 @@ def test_workers_whose_torchrun_was_killed_write_last_and_end(whole, tmp_path, c
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    state = torch.load(out / "last/training_state.pt", weights_only=True)["train_state"]
-    assert state["step"] == [row["step"] for row in read_log(out)][-1]
+    assert_last_is_of_the_last_step(out)
     assert crew.run(*argv, "--resume") == [0, 0]
     assert_same_run(uninterrupted, out)
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 
 import pytest
-from training_runs import assert_same_weights, make_experiment, read_log, weights_of
+from training_runs import AT, assert_same_weights, make_experiment, read_log, weights_of
 from wandb_files import read_records, wait_for_exit
 
 from captioner.commands.train import main as train_main
@@ -153,17 +153,6 @@ def test_one_command_trains_all_alone_in_the_folder(experiment, tmp_path, monkey
 
 # --- kills and signals --------------------------------------------------------------------------
 
-# Sends a signal to the process itself at the first call of a function for which a condition holds.
-AT = """
-import captioner.training.stages as stages, captioner.training.trainer as trainer
-import captioner.training.run as run
-original = {place}
-def signalled(*args, **kwargs):
-    if {when}:
-        os.kill(os.getpid(), signal.{signal})
-    return original(*args, **kwargs)
-{place} = signalled
-"""
 # One after the other: within a stage, at its end, between two, within the next, and when only the
 # copy of its best checkpoint is missing.
 MOMENTS = [

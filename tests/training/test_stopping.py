@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import ROOT, assert_same_weights, read_log, wait_for_steps
+from training_runs import (
+    AT,
+    ROOT,
+    assert_last_is_of_the_last_step,
+    assert_same_weights,
+    read_log,
+    wait_for_steps,
+)
 
 from captioner.experiment_file import load_config
 from captioner.stopping import Stopped, StopSignals
@@ -65,20 +72,7 @@ def test_sigterm_keeps_the_step_in_flight(experiment, tmp_path, server):
     os.kill(process, signal.SIGTERM)
     assert server.wait() == 128 + signal.SIGTERM
     assert "stopped by SIGTERM; to go on:" in server.output.read_text()
-    state = torch.load(out / "last/training_state.pt", weights_only=True)["train_state"]
-    assert state["step"] == read_log(out)[-1]["step"]
-
-
-# Sends a signal to the process itself where a run has come to a certain place.
-AT = """
-import captioner.training.trainer as trainer, captioner.training.validation as validation
-original = {place}
-def signalled(*args, **kwargs):
-    if {when}:
-        os.kill(os.getpid(), signal.{signal})
-    return original(*args, **kwargs)
-{place} = signalled
-"""
+    assert_last_is_of_the_last_step(out)
 
 
 def test_ctrl_c_in_validation_begins_it_anew_when_resumed(experiment, tmp_path, server):
