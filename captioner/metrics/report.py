@@ -50,6 +50,30 @@ def new_figure(columns: int, rows: int, width: float = 3.2, height: float = 2.4)
     return Figure(figsize=(width * columns, height * rows), layout="constrained")
 
 
+def label_lines(axes: Any, labels: Mapping[str, Any]) -> None:
+    """Write at the right end of lines what they are, in their colours, one below the other.
+
+    Args:
+        axes: Their axes, with their final limits.
+        labels: The lines by what is to be written.
+    """
+    axes.get_ylim()  # limits that follow from the lines are set when they are asked for
+    across = axes.transAxes.inverted()
+    places = []
+    for text, line in labels.items():
+        points = axes.transData.transform(np.stack(line.get_data(), 1).astype(float))
+        points = across.transform(points)
+        seen = points[np.isfinite(points[:, 1]) & (points[:, 1] >= 0) & (points[:, 1] <= 1)]
+        if len(seen):
+            places.append((*seen[-1], text, line.get_color()))
+    bottom = -1.0
+    for x, y, text, colour in sorted(places, key=lambda place: place[1]):
+        bottom = max(y, bottom + 0.06)
+        style = {"color": colour, "fontsize": "x-small", "va": "center"}
+        x = x if x < 0.95 else 1.0  # not across the frame
+        axes.text(x + 0.01, bottom, text, transform=axes.transAxes, **style)
+
+
 def save_figure(path: str | Path, figure: Any) -> None:
     """Write a figure as an image file, whole or not at all.
 

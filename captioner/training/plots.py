@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from captioner.errors import UsageError
-from captioner.metrics.report import new_figure, save_figure
+from captioner.metrics.report import label_lines, new_figure, save_figure
 from captioner.progress import log_line
 from captioner.training.tracking import read_log
 
 PLOT_FILE = "training.png"
-LABEL_HEIGHT = 0.08  # of a plot
 MOST_POINTS = 500  # of a line; beyond, means of neighbours
 SCORES = {"BLEU-4": "C0", "CIDEr-D": "C1", "ROUGE-L": "C2"}  # and their colours
 
@@ -66,16 +65,19 @@ def plot_training(path: str | Path, rows: Rows) -> None:
     _draw(loss, *_line(steps, "loss"), "C0", alpha=0.35)
     _draw(loss, *_line(epochs, "loss"), "C0", marker="o")
     scores.set_title("validation scores of freely decoded captions")
+    labels = {}
     for name, colour in SCORES.items():
-        _draw(scores, *_line(validations, name), colour, marker="o")
+        x, y = _line(validations, name)
+        line = _draw(scores, x, y, colour, marker="o")
+        if len(y):
+            labels[f"{name} {y[-1]:.3f}"] = line
     rate.set_title("training rate, images a second")
     _draw(rate, *_line(steps, "images_per_second"), "C0")
     learning_rate.set_title("learning rate")
     _draw(learning_rate, *_line(steps, "learning_rate"), "C0")
     for place in (rate, scores):
         place.set_ylim(bottom=0)
-    lines = {name: _line(validations, name)[1] for name in SCORES}
-    _label_ends(scores, {name: (SCORES[name], y[-1]) for name, y in lines.items() if len(y)})
+    label_lines(scores, labels)
     for place in (rate, learning_rate):
         place.set_xlabel(_step_label(epochs))
     save_figure(path, figure)
@@ -101,27 +103,6 @@ def _line(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
 
 
-def _draw(axes: Any, x: np.ndarray, y: np.ndarray, colour: str, **style: Any) -> None:
-    axes.plot(x, y, color=colour, markersize=3, linewidth=1.2, **style)
-
-
-def _label_ends(axes: Any, ends: Mapping[str, tuple[str, float]]) -> None:
-    """Write at the right of a plot what its lines are, each at its last value or just above.
-
-    Args:
-        axes: The plot, with its final limits.
-        ends: The colour and the last value of each line, by its name.
-    """
-    bottom, top = axes.get_ylim()
-    place = -1.0
-    for name, (colour, value) in sorted(ends.items(), key=lambda end: end[1][1]):
-        place = max((value - bottom) / (top - bottom), place + LABEL_HEIGHT)
-        axes.annotate(
-            f"{name} {value:.3f}",
-            (1.01, place),
-            xycoords="axes fraction",
-            va="center",
-            fontsize="small",
-            color=colour,
-            annotation_clip=False,
-        )
+def _draw(axes: Any, x: np.ndarray, y: np.ndarray, colour: str, **style: Any) -> Any:
+    (line,) = axes.plot(x, y, color=colour, markersize=3, linewidth=1.2, **style)
+    return line

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from captioner.metrics.report import new_figure
+from captioner.metrics.report import label_lines, new_figure
 from captioner.models.recurrent import RecurrentStack
 from captioner.models.recurrent_cells import CELLS, INITIALISATIONS
 from captioner.progress import progress_iter
@@ -24,7 +24,6 @@ from experiments.recurrence.study import (
     Setting,
     fit,
     groups,
-    label_lines,
 )
 
 DISTANCES = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -177,13 +176,12 @@ def draw_spectral_radius(records: Sequence[Record]) -> Any:
     axes = figure.add_subplot(1, 3, 3)
     axes.plot(RADII, RADII, "k:", linewidth=0.8)
     axes.axhline(1, color="0.7", linewidth=0.6)
-    for style, ((regime,), of_regime) in zip(
-        "-o", groups(records, ("regime",)).items(), strict=True
+    for marker, ((regime,), of_regime) in zip(
+        "xo", groups(records, ("regime",)).items(), strict=True
     ):
-        places = [record["radius"] for record in of_regime]
-        slopes = [record["slope"] for record in of_regime]
-        marker = {"-": "x", "o": "o"}[style]
-        axes.plot(places, slopes, marker, color=COLOURS["rnn_tanh"], markersize=5, label=regime)
+        places, slopes = zip(*((r["radius"], r["slope"]) for r in of_regime), strict=True)
+        look = {"color": COLOURS["rnn_tanh"], "markersize": 5, "label": regime}
+        axes.plot(places, slopes, marker, **look)
     axes.set(xlabel="spectral radius", ylabel="factor a step back")
     axes.legend(fontsize="x-small", title="dotted: theory", title_fontsize="x-small")
     return figure
@@ -260,10 +258,9 @@ def draw_exploding(records: Sequence[Record]) -> Any:
         for (clipping,), of_clipping in groups(of_frame, ("clipping",)).items():
             for record in of_clipping:
                 norms = [math.nan if norm is None else norm for norm in record["norms"]]
-                (line,) = axes.plot(
-                    norms, styles[clipping], color=COLOURS[cell], linewidth=0.8, label=clipping
-                )
-                line.set_label(clipping if record["seed"] == 0 else None)
+                label = clipping if record["seed"] == 0 else None
+                look = {"color": COLOURS[cell], "linewidth": 0.8, "label": label}
+                axes.plot(norms, styles[clipping], **look)
                 known = [(step, n) for step, n in enumerate(norms) if math.isfinite(n)]
                 if record["lost"] and known:
                     axes.plot(*known[-1], "kx", markersize=6)

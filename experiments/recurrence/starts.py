@@ -9,12 +9,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from captioner.data.dataset import pad
-from captioner.metrics.report import new_figure
+from captioner.metrics.report import label_lines, new_figure
 from captioner.models.checkpoint import load_checkpoint
 from captioner.progress import log_line
 from experiments.recurrence.captioning import METRICS, score_run, train_run
 from experiments.recurrence.captions import load_captions, pooled_features
-from experiments.recurrence.study import COLOURS, Record, Setting, groups, label_lines, mean
+from experiments.recurrence.study import COLOURS, Record, Setting, groups, mean
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 # Word vectors begin uniformly up to this: their rms is 0.058 and 1.

@@ -196,28 +196,6 @@ def batch_of(rows: int, random: np.random.Generator, size: int) -> np.ndarray:
 COLOURS = {"lstm": "#0072B2", "gru": "#009E73", "rnn_tanh": "#D55E00", "rnn_relu": "#CC79A7"}
 
 
-def label_lines(axes: Any, labels: Mapping[str, Any]) -> None:
-    """Write at the right end of lines what they are, in their colours, one below the other.
-
-    Args:
-        axes: Their axes, whose limits are set.
-        labels: The lines by what is to be written.
-    """
-    across = axes.transAxes.inverted()
-    places = []
-    for text, line in labels.items():
-        points = axes.transData.transform(np.stack(line.get_data(), 1).astype(float))
-        points = across.transform(points)
-        seen = points[np.isfinite(points[:, 1]) & (points[:, 1] >= 0) & (points[:, 1] <= 1)]
-        if len(seen):
-            places.append((*seen[-1], text, line.get_color()))
-    bottom = -1.0
-    for x, y, text, colour in sorted(places, key=lambda place: place[1]):
-        bottom = max(y, bottom + 0.06)
-        style = {"color": colour, "fontsize": "x-small", "va": "center"}
-        axes.text(x + 0.01, bottom, text, transform=axes.transAxes, **style)
-
-
 def groups(records: Iterable[Record], keys: Sequence[str]) -> dict[tuple, list[Record]]:
     """Bring together the records that agree in these fields, in the order in which they came."""
     grouped: dict[tuple, list[Record]] = {}
