@@ -100,7 +100,7 @@ def train_watched(
         device = processes.device(config.training.device)
         precision = choose_precision(config.training.precision, device)
         with arithmetic(device, precision, config.training.deterministic):
-            return _train(config, output_dir, saved, stop_signals, processes)
+            return _train(config, output_dir, saved, stop_signals, processes, device, precision)
 
 
 def check_settings(config: Config, processes: Processes = ALONE) -> None:
@@ -142,13 +142,13 @@ def _train(
     saved: dict[str, Any] | None,
     stop_signals: StopSignals,
     processes: Processes,
+    device: torch.device,
+    precision: torch.dtype,
 ) -> dict[str, float]:
     """Train, alone in the run's folder; ``saved`` is what ``load_training_state`` gave."""
     with processes.together():
         if not saved:
             check_something_is_learnt(config)
-        device = processes.device(config.training.device)
-        precision = choose_precision(config.training.precision, device)
         torch.manual_seed(config.training.seed)
         train_set, val_set = load_splits(config)
         model = make_model(config, train_set, output_dir if saved else None).to(device)
