@@ -143,7 +143,9 @@ def measure(
                 tables[f"{title}, latency"] = latency(captioner, checkpoint, dataset.paths)
             if "training" in args.parts:
                 sizes = args.batch_size, args.steps
-                tables[f"{title}, training"] = training_rates(captioner, dataset, *sizes)
+                tables[f"{title}, training"] = training_rates(
+                    captioner, dataset, *sizes, args.compile
+                )
                 tables[f"{title}, waiting"] = waiting_shares(captioner, dataset, *sizes)
             if "self_critical" in args.parts:
                 tables[f"{title}, self-critical training"] = self_critical_rates(
@@ -174,6 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=512, help="images measured on")
     parser.add_argument("--batch-size", type=int, default=64, help="images in a training batch")
     parser.add_argument("--steps", type=int, default=10, help="training steps timed")
+    parser.add_argument(
+        "--compile", action="store_true", help="training with compiled steps too; takes minutes"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--output", type=Path, help="write the numbers as JSON too")

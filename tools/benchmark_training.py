@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from captioner.errors import ConfigError
 from captioner.inference.captioner import Captioner
 from captioner.metrics.reward import CaptionReward
 from captioner.models.captioning_model import DECODERS, CaptioningModel, make_decoder
+from captioner.models.compiled_steps import CompiledSteps
 from captioner.models.decoder import Decoder
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.inference_encoder import InferenceEncoder
@@ -103,6 +105,7 @@ class _Training:
         kind: A decoder's name, or None for the bare LSTM.
         batch_size: Images in a batch.
         steps: How many steps are timed.
+        compiled: Whether its steps are compiled (``training.compile``).
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class _Training:
         kind: str | None,
         batch_size: int,
         steps: int,
+        compiled: bool = False,
     ) -> None:
         model, self.device, self.precision = (
             captioner.model,
@@ -131,6 +135,9 @@ class _Training:
         else:
             self.learner = BareLSTM(config, len(model.vocabulary))
         self.learner.to(self.device).train()
+        self.run: Callable[..., Any] | None = None
+        if compiled and isinstance(self.learner, Decoder):
+            self.run = CompiledSteps(self.learner).run
         self.features = torch.randn(
             batch_size, regions, width, device=self.device, dtype=self.precision
         )
@@ -142,7 +149,8 @@ class _Training:
             if isinstance(self.learner, BareLSTM):
                 loss = self.learner.loss(token_ids)
             else:
-                output = self.learner.teacher_forcing(self.features[: len(token_ids)], token_ids)
+                features = self.features[: len(token_ids)]
+                output = self.learner.teacher_forcing(features, token_ids, run=self.run)
                 tokens, captions = output.targets.numel(), token_ids[..., 0].numel()
                 loss = caption_loss(output, 0.0, 1.0, tokens, captions)
         loss.backward()
@@ -177,9 +185,13 @@ def _count_tokens(token_ids: Tensor) -> int:
 
 
 def training_rates(
-    captioner: Captioner, dataset: CaptionDataset, batch_size: int, steps: int
+    captioner: Captioner,
+    dataset: CaptionDataset,
+    batch_size: int,
+    steps: int,
+    compiled: bool = False,
 ) -> dict[str, float]:
-    """Return rates of training's parts, beside their limits."""
+    """Return rates of training's parts, beside their limits; of compiled steps too if asked for."""
     cnn = cnn_alone(captioner, dataset.paths)
     bare = _Training(captioner, dataset, None, batch_size, steps).rate()
     rates = {"CNN alone, images/s": cnn, "bare nn.LSTM + linear, training tokens/s": bare}
@@ -197,6 +209,10 @@ def training_rates(
             f"{kind}, of bare LSTM": rate / bare,
             f"{kind}, its matrix products alone, of bare LSTM": training.rate_of_products() / bare,
         }
+        if compiled and not training.learner.pooled:
+            log_line(f"{kind}: compiling takes a minute or two")
+            training = _Training(captioner, dataset, kind, batch_size, steps, compiled)
+            rates[f"{kind}, compiled, of bare LSTM"] = training.rate() / bare
     return rates
 
 

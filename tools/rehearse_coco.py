@@ -7,8 +7,9 @@ Drawn in SCRATCH, and left there for the next time: 118,287 + 5,000 small JPEGs,
 some 10,000 words, in the layout and with the names of Karpathy's split; and a feature cache of
 mobilenet_v2's size, 49 x 1,280 numbers an image, filled with random ones. Then measured: reading
 and preparing; from the command to the first optimiser step of a real process, and its memory; rows
-read from the cache at random, when none of it is in memory and when what fits is; steps a second,
-beside those on 2,000 images; and images encoded from files, beside the CNN alone.
+read from the cache at random, when none of it is in memory, when what fits is, and when so much
+memory is taken up that a third of the cache fits; steps a second, beside those on 2,000 images; and
+images encoded from files, beside the CNN alone, with the memory of the worker processes.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -311,15 +313,25 @@ def _measure_cache(config: Config, table: _Table) -> None:
     table.add("feature cache on disk, GB", path.stat().st_size / 1e9)
     table.add("memory that is left, GB", psutil.virtual_memory().available / 1e9)
     random = np.random.default_rng(0)
-    for name in ("none of it in memory", "what fits in memory"):
-        if name == "none of it in memory":
-            _drop_from_memory(path)
-        indices = random.permutation(len(train_set))[: 64 * 60]
+
+    def read_at_random(name: str, batches: int) -> None:
+        indices = random.integers(len(train_set), size=(batches, 64))
         started = time.perf_counter()
-        for part in np.array_split(indices, 60):
-            features.take(part.tolist())
-        rate = len(indices) / (time.perf_counter() - started)
+        for batch in indices:
+            features.take(batch.tolist())
+        rate = indices.size / (time.perf_counter() - started)
         table.add(f"rows read at random, {name}, images/s", rate)
+
+    _drop_from_memory(path)
+    read_at_random("none of it in memory", 60)
+    read_at_random("what fits in memory", 60)
+    kept = path.stat().st_size // 3
+    if (taken := psutil.virtual_memory().available - kept) > 0:
+        memory = np.ones(taken, np.uint8)  # written to, so that it is really taken
+        table.add("memory taken up for the next, GB", taken / 1e9)
+        read_at_random("a third of it fits in memory, first 400 batches", 400)
+        read_at_random("a third of it fits in memory, next 400 batches", 400)
+        del memory
 
 
 def _drop_from_memory(path: Path) -> None:
@@ -396,11 +408,39 @@ def _measure_encoding(config: Config, scratch: Path, count: int, table: _Table) 
     encode_pixels()
     before = _rate(encode_pixels, 256)
     cache = scratch / "cache_of_photographs"
-    rate = _rate(lambda: cached_features(encoder, paths, cache, device, precision), count)
+    with _watched_workers() as memory:
+        rate = _rate(lambda: cached_features(encoder, paths, cache, device, precision), count)
+    table.add("worker processes", len(memory))
+    table.add(
+        "memory of a worker that no other process shares, at most, GB",
+        max(memory.values(), default=0.0),
+    )
     alone = (before + _rate(encode_pixels, 256)) / 2
     table.add("encoding from files into the cache, images/s", rate)
     table.add("CNN alone, images/s", alone)
     table.add("ratio of encoding to the CNN alone", rate / alone)
+
+
+@contextlib.contextmanager
+def _watched_workers() -> Iterator[dict[int, float]]:
+    """Keep, for each process that this one starts, the most memory it had to itself, in GB."""
+    memory: dict[int, float] = {}
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    own = process.memory_full_info().uss / 1e9
+                    memory[process.pid] = max(own, memory.get(process.pid, 0.0))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        over.set()
+        thread.join()
 
 
 def _rate(function: Callable[[], Any], count: int) -> float:

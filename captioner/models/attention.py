@@ -77,7 +77,11 @@ class AdditiveAttention(nn.Module):
         """
         features, keys, *powers = memory
         query = _to_tanh_dtype(self.query(hidden))
-        scores = _AdditiveScores.apply(keys, query, self.score.weight, *powers)
+        if torch.compiler.is_compiling():  # it arranges the same sums and their gradient itself
+            sums = torch.tanh(keys.unsqueeze(1) + query.unsqueeze(2))
+            scores = linear(sums, self.score.weight.to(sums.dtype))
+        else:
+            scores = _AdditiveScores.apply(keys, query, self.score.weight, *powers)
         sentinel = None
         if sentinel_key is not None:
             sentinel = linear(torch.tanh(sentinel_key + query), self.score.weight)

@@ -11,7 +11,7 @@ Captions and beams lie in the same place, (B, K), so that what belongs to the im
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -223,6 +223,7 @@ class Decoder(nn.Module, ABC):
         bptt_window: int = 0,
         trace: list[State] | None = None,
         inputs: Tensor | None = None,
+        run: Callable[..., Any] | None = None,
     ) -> DecoderOutput:
         """Predict each token of the captions from those before it.
 
@@ -235,6 +236,7 @@ class Decoder(nn.Module, ABC):
             trace: Filled with the state before the first and after each step, as the graph holds
                 them. Single steps are taken then.
             inputs: What is fed in place of all tokens but the last, (B, K, T).
+            run: What runs over the captions, in place of ``run_sequence``.
         """
         real = (token_ids[..., 1:] != PAD).cpu()
         token_ids = token_ids.to(features.device, non_blocking=True)
@@ -242,7 +244,7 @@ class Decoder(nn.Module, ABC):
         targets = token_ids[..., 1:]
         state, memory = self.init_state(features)
         state = tuple(part.expand(-1, inputs.shape[1], *part.shape[2:]) for part in state)
-        run = self.run_steps if trace is not None else self.run_sequence
+        run = run or (self.run_steps if trace is not None else self.run_sequence)
         outputs, positions, attention = run(inputs, state, memory, real, bptt_window, trace)
         positions = positions.to(features.device, non_blocking=True)
         return DecoderOutput(

@@ -15,6 +15,7 @@ from captioner.data.vocabulary import PAD
 from captioner.device import autocast
 from captioner.metrics.reward import CaptionReward
 from captioner.models.captioning_model import CaptioningModel
+from captioner.models.compiled_steps import CompiledSteps
 from captioner.models.decoder import DecoderOutput
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.training.distributed import ALONE, Processes
@@ -125,6 +126,7 @@ class Objective(ABC):
     ) -> None:
         self.model, self.config, self.precision = model, config, precision
         self.processes = processes
+        self._run_captions = self._compiled_steps()
         self._loss = processes.parallel(
             _LossOfBatch(model, self.batch_loss), lambda loss: loss(None)[0]
         )
@@ -215,7 +217,17 @@ class Objective(ABC):
         self, features: Tensor, token_ids: Tensor, inputs: Tensor | None = None
     ) -> DecoderOutput:
         window = self.config.training.bptt_window
-        return self.model.decoder.teacher_forcing(features, token_ids, window, inputs=inputs)
+        return self.model.decoder.teacher_forcing(
+            features, token_ids, window, inputs=inputs, run=self._run_captions
+        )
+
+    def _compiled_steps(self) -> Callable[..., Any] | None:
+        """Return what runs over captions, of one shape, in place of the decoder's own loop."""
+        decoder = self.model.decoder
+        # What takes the mean of the grid has all of its steps in one fused call.
+        if not self.config.training.compile or decoder.pooled:
+            return None
+        return CompiledSteps(decoder).run
 
 
 class CrossEntropy(Objective):
@@ -258,6 +270,7 @@ class SelfCritical(Objective):
         processes: Processes = ALONE,
     ) -> None:
         super().__init__(model, config, precision, processes)
+        self._run_samples = self._compiled_steps()
         settings = config.self_critical
         references = encode_captions(train_set, model.vocabulary)
         self.reward = CaptionReward(
@@ -288,7 +301,12 @@ class SelfCritical(Objective):
         samples = self._sample(self._decoder, features.detach(), batch.images, moment.step)
         self.model.decoder.train(self.config.self_critical.dropout)
         with autocast(self.model.device, self.precision):
-            output = self._teacher_forcing(features[samples.order], samples.token_ids)
+            output = self.model.decoder.teacher_forcing(
+                features[samples.order],
+                samples.token_ids,
+                self.config.training.bptt_window,
+                run=self._run_samples,
+            )
         loss = (1 - share) * self_critical_loss(output, samples.advantages, counts.images)
         if share:
             loss = loss + share * self.cross_entropy(features, batch.token_ids, counts)

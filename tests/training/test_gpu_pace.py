@@ -1,5 +1,7 @@
 """What keeps a GPU busy, and what that must not change; on a CPU too, where it shows there."""
 
+from functools import partial
+
 import pytest
 import torch
 from training_runs import assert_same_weights, read_log
@@ -8,6 +10,7 @@ from captioner.device import arithmetic
 from captioner.errors import TrainingError
 from captioner.experiment_file import load_config
 from captioner.models.captioning_model import DECODERS
+from captioner.models.compiled_steps import CompiledSteps
 from captioner.training import objectives
 from captioner.training.inputs import CachedInputs
 from captioner.training.run import train
@@ -90,6 +93,27 @@ def test_arithmetic_is_as_before_afterwards():
         assert state() == before
     with arithmetic(torch.device("cpu"), torch.bfloat16, True):
         assert state() == before
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("objective", ["cross_entropy", "self_critical"])
+def test_a_run_with_compiled_steps_is_the_same_to_rounding(
+    experiment, tmp_path, device, objective, monkeypatch
+):
+    """On a CPU without the C++ compiler, which takes long: other tests have it."""
+    if device == "cpu":
+        fast = partial(CompiledSteps, backend="aot_eager")
+        monkeypatch.setattr(objectives, "CompiledSteps", fast)
+    settings = [f"training.device={device}", f"training.objective={objective}"]
+    settings += ["decoder.dropout=0", "self_critical.cross_entropy_share=0.5"]
+    settings += ["training.epochs=1", "training.scheduled_sampling=0"]
+    losses = []
+    for value in ("true", "false"):
+        config = load_config(experiment, [*settings, f"training.compile={value}"])
+        train(config, tmp_path / value)
+        losses.append([row["loss"] for row in read_log(tmp_path / value) if row["kind"] == "step"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # --- on a GPU alone -----------------------------------------------------------------------------
