@@ -8,8 +8,9 @@ some 10,000 words, in the layout and with the names of Karpathy's split; and a f
 mobilenet_v2's size, 49 x 1,280 numbers an image, filled with random ones. Then measured: reading
 and preparing; from the command to the first optimiser step of a real process, and its memory; rows
 read from the cache at random, when none of it is in memory, when what fits is, and when so much
-memory is taken up that a third of the cache fits; steps a second, beside those on 2,000 images; and
-images encoded from files, beside the CNN alone, with the memory of the worker processes.
+memory is taken up that a third of the cache fits; steps a second, beside those on 2,000 images with
+as many words; images encoded from files, beside the CNN alone; and the memory of worker processes
+that decode as they do for a GPU.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ from captioner.cli import HelpFormatter, Parser, command
 from captioner.config import Config
 from captioner.data.annotations import read_annotations
 from captioner.data.dataset import TrainingBatches, encode_captions
-from captioner.data.images import in_batches, load_pixels
+from captioner.data.images import count_cores, in_batches, load_pixels
 from captioner.data.vocabulary import Vocabulary
 from captioner.device import choose_device, choose_precision
 from captioner.experiment_file import load_config
@@ -49,7 +49,8 @@ from captioner.training.run import load_splits
 
 TRAIN_IMAGES, VAL_IMAGES = 118_287, 5_000
 SMALL = 2_000  # images of the data set that steps are compared with
-WORD_FORMS, EXPONENT, WORDS = 28_000, 1.65, (8, 14)  # of a caption: gives about 10,000 kept words
+WORD_FORMS, EXPONENT, WORDS = 28_000, 1.65, (8, 14)  # of a caption: gives about KEPT_WORDS
+KEPT_WORDS = 10_200
 DRAWINGS = 300
 EXPERIMENT = """\
 [data]
@@ -60,6 +61,7 @@ train_images = "images"
 val_annotations = "{annotations}"
 val_split = "val"
 val_images = "images"
+min_word_count = {least}
 cache_dir = '{root}/cache'
 [encoder]
 name = "mobilenet_v2"
@@ -111,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _measure_runs(experiments, scratch, args.steps, args.rounds, table)
     if args.encoded:
         _measure_encoding(config, scratch, args.encoded, table)
+    _measure_workers(config, table)
     print(table)
     if args.output:
         write_json(args.output, table.rows)
@@ -151,7 +154,10 @@ def _prepare(scratch: Path, weights: str, count: int) -> Path:
     experiment = scratch / f"experiment_{count}.toml"
     experiment.write_text(
         EXPERIMENT.format(
-            root=scratch, annotations=annotations.name, weights=Path(weights).resolve()
+            root=scratch,
+            annotations=annotations.name,
+            weights=Path(weights).resolve(),
+            least=1 if count <= SMALL else 5,
         )
     )
     _fill_cache(load_config(experiment), [scratch / "images" / name for name in names])
@@ -206,6 +212,8 @@ def _write_annotations(path: Path, names: Sequence[str]) -> None:
     random = np.random.default_rng(0)
     words = _made_up_words()
     shares = 1.0 / (np.arange(len(words)) + 10) ** EXPONENT
+    if len(names) <= SMALL:  # too few captions for as many words, unless all are as frequent
+        shares = (np.arange(len(words)) < KEPT_WORDS).astype(float)
     lengths = random.integers(*WORDS, size=(len(names), 5))
     drawn = random.choice(len(words), size=int(lengths.sum()), p=shares / shares.sum())
     ends = iter(np.cumsum(lengths.ravel()).tolist())
@@ -408,39 +416,27 @@ def _measure_encoding(config: Config, scratch: Path, count: int, table: _Table) 
     encode_pixels()
     before = _rate(encode_pixels, 256)
     cache = scratch / "cache_of_photographs"
-    with _watched_workers() as memory:
-        rate = _rate(lambda: cached_features(encoder, paths, cache, device, precision), count)
-    table.add("worker processes", len(memory))
-    table.add(
-        "memory of a worker that no other process shares, at most, GB",
-        max(memory.values(), default=0.0),
-    )
+    rate = _rate(lambda: cached_features(encoder, paths, cache, device, precision), count)
     alone = (before + _rate(encode_pixels, 256)) / 2
     table.add("encoding from files into the cache, images/s", rate)
     table.add("CNN alone, images/s", alone)
     table.add("ratio of encoding to the CNN alone", rate / alone)
 
 
-@contextlib.contextmanager
-def _watched_workers() -> Iterator[dict[int, float]]:
-    """Keep, for each process that this one starts, the most memory it had to itself, in GB."""
-    memory: dict[int, float] = {}
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.2):
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    own = process.memory_full_info().uss / 1e9
-                    memory[process.pid] = max(own, memory.get(process.pid, 0.0))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield memory
-    finally:
-        over.set()
-        thread.join()
+def _measure_workers(config: Config, table: _Table) -> None:
+    """Measure the memory of the processes that decode for a GPU, beside COCO's captions here."""
+    train_set, _ = load_splits(config)
+    batches = in_batches(min(64 * 200, len(train_set)), 64)
+    device = torch.device("meta")  # no CPU: processes decode, not threads
+    loader = load_pixels(train_set.paths, _encoder(config).preprocessing, batches, device, WORKERS)
+    most: dict[int, float] = {}
+    for number, _ in enumerate(loader):
+        if number % 20 == 0:
+            for process in psutil.Process().children():
+                own = process.memory_full_info().uss / 1e9
+                most[process.pid] = max(own, most.get(process.pid, 0.0))
+    table.add("worker processes", len(most))
+    table.add("memory that a worker shares with none, at most, GB", max(most.values()))
 
 
 def _rate(function: Callable[[], Any], count: int) -> float:
