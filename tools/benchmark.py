@@ -142,11 +142,9 @@ def measure(
             if "latency" in args.parts:
                 tables[f"{title}, latency"] = latency(captioner, checkpoint, dataset.paths)
             if "training" in args.parts:
-                sizes = args.batch_size, args.steps
-                tables[f"{title}, training"] = training_rates(
-                    captioner, dataset, *sizes, args.compile
-                )
-                tables[f"{title}, waiting"] = waiting_shares(captioner, dataset, *sizes)
+                sizes = captioner, dataset, args.batch_size, args.steps
+                tables[f"{title}, training"] = training_rates(*sizes, args.compile)
+                tables[f"{title}, waiting"] = waiting_shares(*sizes)
             if "self_critical" in args.parts:
                 tables[f"{title}, self-critical training"] = self_critical_rates(
                     captioner, dataset, features, args.batch_size

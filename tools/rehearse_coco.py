@@ -35,7 +35,7 @@ from captioner.cli import HelpFormatter, Parser, command
 from captioner.config import Config
 from captioner.data.annotations import read_annotations
 from captioner.data.dataset import TrainingBatches, encode_captions
-from captioner.data.images import count_cores, in_batches, load_pixels
+from captioner.data.images import in_batches, load_pixels
 from captioner.data.vocabulary import Vocabulary
 from captioner.device import choose_device, choose_precision
 from captioner.experiment_file import load_config
@@ -428,7 +428,7 @@ def _measure_workers(config: Config, table: _Table) -> None:
     train_set, _ = load_splits(config)
     batches = in_batches(min(64 * 200, len(train_set)), 64)
     device = torch.device("meta")  # no CPU: processes decode, not threads
-    loader = load_pixels(train_set.paths, _encoder(config).preprocessing, batches, device, WORKERS)
+    loader = load_pixels(train_set.paths, _encoder(config).preprocessing, batches, device)
     most: dict[int, float] = {}
     for number, _ in enumerate(loader):
         if number % 20 == 0:

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=2, help="of each agent")
     parser.add_argument("--kills", type=int, default=0, help="how many (default: 30; 2 nodes: 2)")
     parser.add_argument("--images", type=int, default=1600, help="pictures that are trained on")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     return parser
 

@@ -1,5 +1,7 @@
 """Steps of a decoder by torch.compile: what a GPU does in each of them is too little to fill it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
@@ -34,7 +36,7 @@ class CompiledSteps:
         self._decoder = decoder
         torch.compiler.reset()  # else programs of stages before count towards torch's limit
         on_gpu = decoder.embedding.weight.is_cuda and backend == "inductor"
-        self._advance = torch.compile(
+        self._program = torch.compile(
             self._take_steps,
             fullgraph=True,
             dynamic=False,
@@ -72,17 +74,11 @@ class CompiledSteps:
         for start in range(0, len(inputs), STEPS):
             if bptt_window and start and start % bptt_window == 0:
                 state = tuple(_as_after_a_step(part.detach()) for part in state)
-            steps = slice(start, start + STEPS)
-            of_steps = tuple(part[steps] for part in words)
-            try:
-                output, state, weights = self._advance(
-                    inputs[steps], of_steps, state, memory, is_real[steps]
-                )
-            except TorchDynamoException as error:
-                reason = " ".join(str(error).split("\n")[:2])
-                raise ConfigError(
-                    f"training.compile: torch.compile failed: {reason}; false trains without it"
-                ) from error
+            few = slice(start, start + STEPS)
+            of_steps = tuple(part[few] for part in words)
+            output, state, weights = self._advance(
+                inputs[few], of_steps, state, memory, is_real[few]
+            )
             parts.append(output)
             if weights is not None:
                 attention = weights if attention is None else attention + weights
@@ -91,6 +87,16 @@ class CompiledSteps:
             attention = chosen_rows(attention, real.any(-1))
         positions = chosen.nonzero()[:, [1, 2, 0]]
         return tuple(chosen_rows(part, chosen) for part in outputs), positions, attention
+
+    def _advance(self, *args: Any) -> tuple[tuple[Tensor, ...], State, Tensor | None]:
+        """Take S steps by the program; the first call compiles it."""
+        try:
+            return self._program(*args)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split("\n")[:2])
+            raise ConfigError(
+                f"training.compile: torch.compile failed: {reason}; false trains without it"
+            ) from error
 
     def _take_steps(
         self,
