@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 from captioner.cli import HelpFormatter, Parser, command
-from captioner.commands.shapes import main as draw_shapes
+from captioner.data.shapes_dataset import write_data_set
 from captioner.errors import CaptionerError
 from captioner.progress import Progress, log_line
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scratch = args.scratch.resolve()
     shapes = scratch / f"shapes_{args.images}"
     if not shapes.exists():
-        draw_shapes([str(shapes), "--train", str(args.images), "--val", "60", "--test", "4"])
+        write_data_set(shapes, {"train": args.images, "val": 60, "test": 4})
     folders = [scratch / f"{name}_{time.time_ns()}" for name in ("whole", "killed")]
     settings = [f"data.root={shapes}", f"training.epochs={args.epochs}", *SETTINGS]
     crews = [_Crew(folder, args.nodes, args.processes, settings) for folder in folders]
