@@ -15,6 +15,7 @@ from captioner.progress import log_line
 from experiments.recurrence import gradients, memory, sequences, unshuffle
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cost import cost, draw_cost
+from experiments.recurrence.course import course
 from experiments.recurrence.starts import captioning_starts, draw_captioning_starts
 from experiments.recurrence.study import (
     HERE,
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run_all(sys.argv[1:] if argv is None else argv)
     elif args.study != "page":
         run(args.study, STUDIES[args.study], setting)
-    write_page(STUDIES, setting)
+    write_page(STUDIES, setting, course(HERE / "results", "png") if output == HERE else "")
     print(f"page: {output / 'README.md'}")
     return 0
 

@@ -26,6 +26,7 @@ from captioner.training.tracking import Tracker
 
 HERE = Path(__file__).parent
 FINDINGS = HERE / "findings"  # what was seen, a paragraph a study, written by hand
+MOST_ROWS = 12  # of a table that is shown unfolded
 Record = dict[str, Any]
 
 
@@ -370,13 +371,18 @@ def run(name: str, study: Study, setting: Setting) -> None:
     log_line(f"{name}: {seconds:.0f} s")
 
 
-def write_page(studies: Mapping[str, Study], setting: Setting) -> None:
+def write_page(studies: Mapping[str, Study], setting: Setting, course: str = "") -> None:
     """Write README.md in the output folder of all results that are there, and draw their pictures.
 
     What a study asks is its docstring; what was seen is ``findings/NAME.md``, so that a page that
     is written again keeps it.
+
+    Args:
+        studies: By name.
+        setting: How they are run.
+        course: What comes before them.
     """
-    parts = [inspect.cleandoc(_INTRODUCTION)]
+    parts = [inspect.cleandoc(_INTRODUCTION), *([course, "# The studies"] if course else ())]
     for name, study in studies.items():
         path = setting.output / "results" / f"{name}.json"
         if not path.exists():
@@ -389,7 +395,8 @@ def write_page(studies: Mapping[str, Study], setting: Setting) -> None:
         seen = FINDINGS / f"{name}.md"
         if seen.exists():
             parts.append(f"**Seen.** {seen.read_text(encoding='utf-8').strip()}")
-        parts.append(f"![{name}](results/{name}.png)\n\n{table(records, study.keys, study.values)}")
+        parts.append(f"![{name}](results/{name}.png)")
+        parts.append(_folded(table(records, study.keys, study.values)))
         trial = "a quick trial, whose numbers mean nothing; " if content["quick"] else ""
         parts.append(
             f"`python -m experiments.recurrence {name}`: {trial}{content['seconds']:.0f} s with "
@@ -397,6 +404,14 @@ def write_page(studies: Mapping[str, Study], setting: Setting) -> None:
         )
     with atomic_write(setting.output / "README.md") as file:
         file.write("\n\n".join(parts) + "\n")
+
+
+def _folded(text: str) -> str:
+    """Return a table as it is, or a long one so that it opens at a click."""
+    rows = text.count("\n") - 1
+    if rows <= MOST_ROWS:
+        return text
+    return f"<details><summary>All {rows} rows</summary>\n\n{text}\n\n</details>"
 
 
 _INTRODUCTION = """

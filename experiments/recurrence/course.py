@@ -1,0 +1,91 @@
+"""The course at the head of the page: the text of ``course.md``, with numbers of the results."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from captioner.files import read_json
+from captioner.models.recurrent_cells import gru_step, lstm_step, tanh_step
+from experiments.recurrence.study import Record, mean
+
+TEXT = Path(__file__).with_name("course.md")
+
+
+def course(results: Path, suffix: str) -> str:
+    """Return the course as Markdown, with the lines of the cells and the numbers of studies in it.
+
+    Args:
+        results: Folder of the studies' JSON files.
+        suffix: Of the pictures' file names.
+
+    Raises:
+        DataError: A study that it tells of hasn't been run.
+    """
+    text = TEXT.read_text(encoding="utf-8")
+    values = {cell.__name__: _lines_of(cell) for cell in (tanh_step, lstm_step, gru_step)}
+    values |= {"suffix": suffix, **_numbers(lambda name: read_json(results / f"{name}.json"))}
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
+
+
+def _lines_of(function: Callable[..., Any]) -> str:
+    """Return the lines of a step's equations: without its head, its docstring and its records."""
+    source = textwrap.dedent(inspect.getsource(function))
+    (tree,) = ast.parse(source).body
+    assert isinstance(tree, ast.FunctionDef)
+    statements = [node for node in tree.body[1:] if not isinstance(node, ast.If)]
+    return "\n".join(ast.get_source_segment(source, node) or "" for node in statements)
+
+
+def _numbers(read: Callable[[str], Any]) -> dict[str, str]:
+    """Return what the text says of each study, by the name of its place."""
+
+    def of(study: str, **fields: Any) -> list[Record]:
+        records = read(study)["records"]
+        chosen = [r for r in records if all(r[name] == value for name, value in fields.items())]
+        assert chosen, f"{study} has no record with {fields}"
+        return chosen
+
+    def solved(remedy: str, length: int) -> str:
+        return _share([r["solved"] for r in of("adding", remedy=remedy, length=length)])
+
+    def back(cell: str, start: str) -> float:
+        records = of("gradient_distance", cell=cell, start=start, of="state")
+        return mean(records, "50_back")
+
+    cost = of("cost", cell="gru", width=256)
+    lstm = {bias: back("lstm", f"orthogonal, forget bias {bias}") for bias in (0, 1, 4)}
+    tanh, irnn = back("rnn_tanh", "orthogonal"), back("rnn_relu", "identity")
+    names = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    bleu = [mean(of("captioning", cell=name), "BLEU-4") for name in names]
+    perplexity = [mean(of("next_word", model=name), "perplexity") for name in names]
+    lengths = (50, 200)
+    return {
+        "gradient_rows": f"In `gradient_distance`, where inputs have size 1, {tanh:.1g} of the "
+        f"gradient of a tanh network arrives 50 steps back, and {irnn:.2g} of that of an IRNN.",
+        "irnn": "`adding`: solved with seeds, at 50 and 200 steps: "
+        + " and ".join(solved("rnn_relu, identity (IRNN)", length) for length in lengths),
+        "gru": "`adding`, GRU: " + " and ".join(solved("gru, orthogonal", n) for n in lengths),
+        "lstm": "LSTM: " + " and ".join(solved("lstm, forget bias 1", n) for n in lengths),
+        "gru_200": solved("gru, orthogonal", 200),
+        "lstm_200": solved("lstm, forget bias 1", 200),
+        "tanh_200": solved("rnn_tanh, orthogonal", 200),
+        "parameters_of_gru": f"{mean(cost, 'parameters_of_lstm'):.2f}",
+        "time_of_gru": f"{mean(cost, 'time_of_lstm'):.1f}",
+        **{f"lstm_{bias}": f"{value:.1g}" for bias, value in lstm.items()},
+        "tanh_50": f"{tanh:.1g}",
+        "bleu": _list(names, bleu, 3),
+        "perplexity": _list(names, perplexity, 1),
+    }
+
+
+def _share(values: Sequence[float]) -> str:
+    return f"{int(sum(values))} of {len(values)}"
+
+
+def _list(names: Sequence[str], values: Sequence[float], digits: int) -> str:
+    return ", ".join(f"{n} {v:.{digits}f}" for n, v in zip(names, values, strict=True))
