@@ -70,7 +70,7 @@ STUDIES: dict[str, Study] = {
         memory.adding,
         memory.draw_adding,
         ("remedy", "length"),
-        ("solved", "steps", "error"),
+        ("rate", "solved", "died", "steps_if_solved", "error"),
     ),
     "truncation": Study(
         memory.truncation, memory.draw_truncation, ("cell", "window", "span"), ("accuracy",)
