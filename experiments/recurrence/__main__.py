@@ -45,8 +45,8 @@ STUDIES: dict[str, Study] = {
         whole_captions="share of captions in order",
     ),
     "next_word": _of_models(sequences.next_word, perplexity="perplexity, words"),
-    "time_series": _of_models(
-        sequences.time_series, error="root mean squared error / standard deviation"
+    "time_series": Study(
+        sequences.time_series, sequences.draw_time_series, ("model",), ("error", "parameters")
     ),
     "gradient_distance": Study(
         gradients.gradient_distance,

@@ -62,7 +62,7 @@ def cost(setting: Setting) -> list[Record]:
 
 def draw_cost(records: Sequence[Record]) -> Any:
     """Draw time and memory over the width, a line for each cell."""
-    figure = new_figure(3, 1, 3.6, 3.0)
+    figure = new_figure(3, 1, 4.0, 3.2)
     labels = {
         "milliseconds": "forward and backward, ms",
         "time_of_lstm": "the same, share of the LSTM's",
@@ -70,10 +70,9 @@ def draw_cost(records: Sequence[Record]) -> Any:
     }
     for place, (name, label) in enumerate(labels.items()):
         axes = figure.add_subplot(1, 3, place + 1)
+        axes.set_yscale("linear" if name == "time_of_lstm" else "log")
         draw_lines(axes, records, "width", name, ("cell",), marker=".")
         axes.set(ylabel=label, xlabel="width, units")
-        if name != "time_of_lstm":
-            axes.set_yscale("log")
     return figure
 
 

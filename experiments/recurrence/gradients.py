@@ -174,16 +174,16 @@ def draw_spectral_radius(records: Sequence[Record]) -> Any:
             axes.plot(theory, "k:", linewidth=0.8)
         label_lines(axes, lines)
     axes = figure.add_subplot(1, 3, 3)
-    axes.plot(RADII, RADII, "k:", linewidth=0.8)
     axes.axhline(1, color="0.7", linewidth=0.6)
+    axes.set(xlabel="spectral radius", ylabel="factor a step back", xlim=(0.4, 2.3))
+    ends = {"theory": axes.plot(RADII, RADII, "k:", linewidth=0.8)[0]}
+    look = {"color": COLOURS["rnn_tanh"], "markersize": 5}
     for marker, ((regime,), of_regime) in zip(
         "xo", groups(records, ("regime",)).items(), strict=True
     ):
         places, slopes = zip(*((r["radius"], r["slope"]) for r in of_regime), strict=True)
-        look = {"color": COLOURS["rnn_tanh"], "markersize": 5, "label": regime}
-        axes.plot(places, slopes, marker, **look)
-    axes.set(xlabel="spectral radius", ylabel="factor a step back")
-    axes.legend(fontsize="x-small", title="dotted: theory", title_fontsize="x-small")
+        (ends[regime],) = axes.plot(places, slopes, marker, **look)
+    label_lines(axes, ends)
     return figure
 
 
@@ -249,22 +249,28 @@ def _descend(
 
 
 def draw_exploding(records: Sequence[Record]) -> Any:
-    """Draw the norm of the gradient over the steps, a frame for each cell; a cross: it was lost."""
-    frames = groups(records, ("cell", "start", "length"))
-    figure = new_figure(len(frames), 1, 3.6, 3.2)
-    styles = dict(zip(CLIPPINGS, ("-", "--", ":"), strict=True))
-    for place, ((cell, start, length), of_frame) in enumerate(frames.items()):
-        axes = figure.add_subplot(1, len(frames), place + 1)
-        for (clipping,), of_clipping in groups(of_frame, ("clipping",)).items():
-            for record in of_clipping:
+    """Draw the gradient's norm over the steps: a column for each cell, a row for each clipping.
+
+    Each point is the largest norm of five steps; a cross is where a run was lost.
+    """
+    columns = groups(records, ("cell", "start", "length"))
+    figure = new_figure(len(columns), len(CLIPPINGS), 2.9, 2.0)
+    frames = figure.subplots(len(CLIPPINGS), len(columns), sharex=True, sharey=True, squeeze=False)
+    steps = max(len(record["norms"]) for record in records)
+    for place, ((cell, start, length), of_column) in enumerate(columns.items()):
+        frames[0][place].set_title(f"{cell}, {start},\n{length} steps", color=COLOURS[cell])
+        frames[-1][place].set_xlabel("training step")
+        for row, (clipping,) in enumerate(groups(of_column, ("clipping",))):
+            axes = frames[row][place]
+            for record in (r for r in of_column if r["clipping"] == clipping):
                 norms = [math.nan if norm is None else norm for norm in record["norms"]]
-                label = clipping if record["seed"] == 0 else None
-                look = {"color": COLOURS[cell], "linewidth": 0.8, "label": label}
-                axes.plot(norms, styles[clipping], **look)
-                known = [(step, n) for step, n in enumerate(norms) if math.isfinite(n)]
-                if record["lost"] and known:
-                    axes.plot(*known[-1], "kx", markersize=6)
-        axes.set(title=f"{cell}, {start}, {length} steps", yscale="log")
-        axes.set(xlabel="training step", ylabel="norm of the gradient")
-        axes.legend(fontsize="x-small", title="clipping; x: lost", title_fontsize="x-small")
+                peaks = [max(norms[i : i + 5]) for i in range(0, len(norms), 5)]
+                look = {"color": COLOURS[cell], "linewidth": 0.9}
+                axes.plot(range(0, len(norms), 5), peaks, **look)
+                if record["lost"]:
+                    axes.plot(len(norms) - 1, max(peaks[-1], 0.1), "kx", markersize=8, zorder=3)
+            axes.axhline(1, color="0.8", linewidth=0.8, zorder=0)
+            axes.set(yscale="log", xlim=(-0.03 * steps, steps))
+            if not place:
+                axes.set_ylabel(f"clipping: {clipping}\nnorm of the gradient")
     return figure

@@ -15,6 +15,7 @@ from captioner.metrics.report import new_figure
 from captioner.models.recurrent import RecurrentStack
 from captioner.progress import progress_iter
 from experiments.recurrence.study import (
+    COLOURS,
     History,
     LastStep,
     Record,
@@ -124,8 +125,12 @@ def _learn_to_add(setting: Setting, name: str, length: int, rate: float, seed: i
     remedy = REMEDIES[name]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    start = {"initialisation": remedy.start, "forget_bias": remedy.forget_bias}
-    model = LastStep(1, RecurrentStack(remedy.cell, 2, 64, **start))
+    model = LastStep(
+        1,
+        RecurrentStack(
+            remedy.cell, 2, 64, initialisation=remedy.start, forget_bias=remedy.forget_bias
+        ),
+    )
 
     def loss_of(_: int) -> Tensor:
         x, y = adding_problem(32, length, generator)
@@ -149,12 +154,30 @@ def _learn_to_add(setting: Setting, name: str, length: int, rate: float, seed: i
 
 
 def draw_adding(records: Sequence[Record]) -> Any:
-    """Draw which share of the seeds solved it as colour, after how many batches as numbers.
+    """Draw how many seeds solved it as colour, after how many batches as numbers; the tuning too.
 
-    There is a cross where none did.
+    A dash: no seed solved it; a cross for each run that died.
     """
-    figure = new_figure(1, 1, 6.0, 4.2)
-    draw_map(figure.add_subplot(), records, "length", "remedy", "solved", "steps_if_solved")
+    figure = new_figure(2, 1, 5.6, 4.4)
+    axes = figure.add_subplot(1, 2, 1)
+    draw_map(axes, records, "length", "remedy", "solved", "steps_if_solved")
+    axes.set(title="the study: batches until solved, ×: a run died", xlabel="length, steps")
+    axes.set_ylabel("")
+    trials, chosen = [], []
+    for (remedy, rate), of_remedy in groups(records, ("remedy", "rate")).items():
+        for row in of_remedy[0]["tuning"]:
+            solved = 1 - row["unsolved"] / 2
+            batches = row["batches"] if solved == 1 else None
+            died = float(row["error"] is None)
+            trials.append(
+                {**row, "remedy": remedy, "solved": solved, "batches": batches, "died": died}
+            )
+        chosen.append([row["rate"] for row in of_remedy[0]["tuning"]].index(rate))
+    axes = figure.add_subplot(1, 2, 2)
+    draw_map(axes, trials, "rate", "remedy", "solved", "batches")
+    axes.plot(chosen, range(len(chosen)), "s", markersize=24, markerfacecolor="none", color="red")
+    axes.set(title="tuning at 50 and 100 steps, the chosen framed", xlabel="learning rate")
+    axes.set(ylabel="", yticks=[])
     return figure
 
 
@@ -232,9 +255,12 @@ def _recalled(history: History) -> bool:
 def draw_truncation(records: Sequence[Record]) -> Any:
     """Draw accuracy as a map of window against span, a frame for each cell."""
     cells = groups(records, ("cell",))
-    figure = new_figure(len(cells), 1, 3.8, 3.2)
+    figure = new_figure(len(cells), 1, 4.0, 3.4)
     for place, ((cell,), of_cell) in enumerate(cells.items()):
         axes = figure.add_subplot(1, len(cells), place + 1)
         draw_map(axes, of_cell, "span", "window", "accuracy", "accuracy")
-        axes.set(title=cell)
+        axes.set_title(cell, color=COLOURS[cell])
+        axes.set(
+            xlabel="steps between symbol and answer", ylabel="window of back-propagation, steps"
+        )
     return figure

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from captioner.config import WandbConfig
 from captioner.files import atomic_write, read_json, write_json
-from captioner.metrics.report import new_figure, save_figure
+from captioner.metrics.report import label_lines, new_figure, save_figure
 from captioner.models.recurrent import RecurrentStack
 from captioner.progress import log_line, progress_iter
 from captioner.training.run import git_state
@@ -155,7 +156,7 @@ def train_models(
     setting: Setting,
     models: dict[str, Callable[[], nn.Module]],
     loss_of: Callable[[nn.Module, np.random.Generator], Tensor],
-    scores_of: Callable[[nn.Module], dict[str, float]],
+    scores_of: Callable[[nn.Module], Record],
     steps: int,
     rate: float = 2e-3,
 ) -> list[Record]:
@@ -194,6 +195,13 @@ def batch_of(rows: int, random: np.random.Generator, size: int) -> np.ndarray:
 
 # One colour per cell in all pictures, told apart by colour-blind people too (Okabe and Ito 2008).
 COLOURS = {"lstm": "#0072B2", "gru": "#009E73", "rnn_tanh": "#D55E00", "rnn_relu": "#CC79A7"}
+GREY = "#666666"  # of what has no recurrence
+
+
+def colour_of(name: str) -> str:
+    """Return the colour of the cell that a name names last ("bag, then lstm"); grey without one."""
+    named = {name.rfind(cell): colour for cell, colour in COLOURS.items() if cell in name}
+    return named[max(named)] if named else GREY
 
 
 def groups(records: Iterable[Record], keys: Sequence[str]) -> dict[tuple, list[Record]]:
@@ -242,82 +250,118 @@ def _number(value: float) -> str:
 def draw_lines(
     axes: Any, records: Sequence[Record], x: str, y: str, by: Sequence[str], **style: Any
 ) -> None:
-    """Draw y over x (log), a line for each group: mean over seeds in a band of the extremes."""
+    """Draw y over x (log), a line for each group: mean over seeds in a band of the extremes.
+
+    The scale of y must be set before: the lines are labelled at their ends.
+    """
+    places = sorted({record[x] for record in records})
+    lines = {}
     for key, of_group in groups(records, by).items():
         points = sorted(groups(of_group, (x,)).items())
         known = [(p[0], [r[y] for r in of_x if r.get(y) is not None]) for p, of_x in points]
         known = [(place, values) for place, values in known if values]
-        places = [place for place, _ in known]
-        (line,) = axes.plot(
-            places,
-            [statistics.fmean(values) for _, values in known],
-            label=", ".join(map(str, key)),
-            **style,
-        )
+        name, drawn = ", ".join(map(str, key)), [place for place, _ in known]
+        look = {"color": colour_of(name), **style}
+        (lines[name],) = axes.plot(drawn, [statistics.fmean(v) for _, v in known], **look)
         low, high = ([f(values) for _, values in known] for f in (min, max))
-        axes.fill_between(places, low, high, alpha=0.15, color=line.get_color())
-    places = sorted({record[x] for record in records})
+        axes.fill_between(drawn, low, high, alpha=0.15, color=look["color"], linewidth=0)
     axes.set_xscale("log")
     axes.set_xticks(places, [f"{place:g}" for place in places])
     axes.minorticks_off()
-    axes.set_xlabel(x.replace("_", " "))
-    axes.set_ylabel(y.replace("_", " "))
-    axes.legend(fontsize="x-small")
+    # Room for the labels.
+    width = places[-1] / places[0] if len(places) > 1 else 2.0
+    axes.set_xlim(places[0] / width**0.05, places[-1] * width**0.4)
+    axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    label_lines(axes, lines)
 
 
 def draw_map(
     axes: Any, records: Sequence[Record], x: str, y: str, colour: str, number: str
 ) -> None:
-    """Draw a map: the mean of ``colour`` in each place, and the mean of ``number`` as text.
+    """Draw a map: the mean of ``colour``, 0 to 1, in each place, that of ``number`` as text.
 
-    Where no record of a place has a number there is a cross.
+    Where no record of a place has a number there is a dash; a cross for each run that ``died``.
     """
     columns, rows = ([key for (key,) in groups(records, (name,))] for name in (x, y))
-    by_place = groups(records, (y, x))
-    values = [[mean(by_place[row, column], colour) for column in columns] for row in rows]
-    limits = {"vmin": 0, "vmax": 1} if colour != "error" else {}
-    image = axes.imshow(values, cmap="cividis", aspect="auto", **limits)
-    for (row, column), of_place in by_place.items():
-        value = mean(of_place, number)
+    axes.grid(visible=False)
+    values = [[math.nan for _ in columns] for _ in rows]
+    for (row, column), of_place in groups(records, (y, x)).items():
         place = columns.index(column), rows.index(row)
-        text = "x" if math.isnan(value) else _number(value if value < 100 else round(value))
-        shade = image.norm(values[place[1]][place[0]])
-        ink = "black" if math.isfinite(shade) and shade > 0.6 else "white"
-        ink = ink if math.isfinite(shade) else "black"
-        axes.text(*place, text, ha="center", va="center", fontsize="x-small", color=ink)
+        shade = values[place[1]][place[0]] = mean(of_place, colour)
+        value = mean(of_place, number)
+        text = f"{value:.2f}" if 0 < abs(value) < 1 else "–" if math.isnan(value) else f"{value:g}"
+        text = f"{value:,.0f}" if value > 10 else text
+        crosses = "×" * sum(record.get("died", 0) > 0 for record in of_place)
+        ink = "black" if shade > 0.6 else "white"
+        text = f"{text} {crosses}".removeprefix("– " if crosses else "")
+        axes.text(*place, text, ha="center", va="center", fontsize="small", color=ink)
+    image = axes.imshow(values, cmap="cividis", aspect="auto", vmin=0, vmax=1)
     axes.set_xticks(range(len(columns)), [f"{c:g}" if isinstance(c, float) else c for c in columns])
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
     axes.figure.colorbar(image, ax=axes, label=colour.replace("_", " "), shrink=0.8)
 
 
-def draw_bars(axes: Any, records: Sequence[Record], by: str, y: str, label: str = "") -> None:
-    """Draw the mean of y for each group as a bar, and a dot for each seed.
+def draw_dots(axes: Any, records: Sequence[Record], by: str, y: str, label: str = "") -> None:
+    """Draw a row for each group: a dot for each seed, the mean as a stroke and in numbers.
 
-    The interval from y_low to y_high, where records have it, is a line, a mean over seeds.
+    The interval from y_low to y_high, where records have it, is a line, a mean over seeds. The
+    axis shows the range of the cells, cut from 0 where they differ by little; a row far outside of
+    it, a baseline, is an arrow at the edge.
     """
-    means = []
-    for place, ((name,), of_group) in enumerate(groups(records, (by,)).items()):
-        values = [record[y] for record in of_group if record.get(y) is not None]
-        means.append(mean(of_group, y))
-        axes.barh(place, means[-1], color="C0" if place else "0.6", alpha=0.6)
-        axes.plot(values, [place] * len(values), "k.", markersize=4)
-        low, high = (mean(of_group, f"{y}_{end}") for end in ("low", "high"))
-        axes.plot([low, high], [place + 0.25] * 2, "k|-", linewidth=0.8)
-        axes.text(0.01, place, f" {name}", va="center", transform=axes.get_yaxis_transform())
-    if max(means) > 20 * min(means) > 0:
-        axes.set_xscale("log")
-    axes.set_yticks([])
-    axes.invert_yaxis()
-    axes.set_xlabel(label or y.replace("_", " "))
+    rows = groups(records, (by,))
+    _set_range(axes, rows, y, label or y.replace("_", " "))
+    low, high = axes.get_xlim()
+    for place, ((name,), of_row) in enumerate(rows.items()):
+        colour, middle = colour_of(name), mean(of_row, y)
+        axes.text(1.02, place, _number(middle), va="center", transform=axes.get_yaxis_transform())
+        if not low <= middle <= high:
+            end, side = (0.0, "left") if middle < low else (1.0, "right")
+            text = "◀ beyond the axis" if end == 0 else "beyond the axis ▶"
+            style = {"ha": side, "va": "center", "color": colour, "fontsize": "small"}
+            axes.text(end, place, text, transform=axes.get_yaxis_transform(), **style)
+            continue
+        values = [record[y] for record in of_row if record.get(y) is not None]
+        interval = [mean(of_row, f"{y}_{end}") for end in ("low", "high")]
+        axes.plot(interval, [place] * 2, color=colour, alpha=0.35, linewidth=5)
+        axes.plot(values, [place] * len(values), "o", color=colour, markersize=5, alpha=0.7)
+        axes.plot([middle], [place], "|", color=colour, markersize=16, markeredgewidth=2)
+    axes.set_yticks(range(len(rows)), [name for (name,) in rows])
+    for tick, (name,) in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_color(colour_of(name))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+
+
+def _set_range(axes: Any, rows: Mapping[tuple, Sequence[Record]], y: str, label: str) -> None:
+    """Set the limits of x; mark the axis where it doesn't begin at 0."""
+    names = (y, f"{y}_low", f"{y}_high")
+    values = {
+        name: [record[n] for record in of_row for n in names if record.get(n) is not None]
+        for (name,), of_row in rows.items()
+    }
+    cells = [v for name, each in values.items() if colour_of(name) != GREY for v in each]
+    width = max(cells) - min(cells) or max(cells) or 1.0
+    near = [v for each in values.values() for v in each]
+    near = [v for v in near if min(cells) - 4 * width <= v <= max(cells) + 4 * width]
+    low, high = min(near), max(near)
+    margin = 0.08 * (high - low or width)
+    is_cut = low > 0.25 * high
+    axes.set_xlim(low - margin if is_cut else min(0.0, low), high + margin)
+    if is_cut:
+        axes.text(0, 0, "//", transform=axes.transAxes, ha="center", va="center", weight="bold")
+        label += "\n(the axis is cut: it doesn't begin at 0)"
+    axes.set_xlabel(label)
 
 
 def draw_models(labels: Mapping[str, str], records: Sequence[Record]) -> Any:
-    """Draw a bar for each model, a frame for each of the fields that are labelled."""
-    figure = new_figure(len(labels), 1, 4.2, 3.2)
+    """Draw a row of dots for each model, a frame for each of the fields that are labelled."""
+    rows = len(groups(records, ("model",)))
+    figure = new_figure(len(labels), 1, 5.2, 1.0 + 0.3 * rows)
     for place, (name, label) in enumerate(labels.items()):
         axes = figure.add_subplot(1, len(labels), place + 1)
-        draw_bars(axes, records, "model", name, label)
+        draw_dots(axes, records, "model", name, label)
     return figure
 
 
@@ -348,7 +392,8 @@ def run(name: str, study: Study, setting: Setting) -> None:
         },
         indent=None,
     )
-    save_figure(folder / f"{name}.png", study.draw(records))
+    figure = study.draw(records)
+    save_figure(folder / f"{name}.svg", figure)
     config = WandbConfig(
         mode=setting.wandb,  # type: ignore[arg-type]
         project="captioner-recurrence",
@@ -361,7 +406,9 @@ def run(name: str, study: Study, setting: Setting) -> None:
         for step, record in enumerate(records):
             numbers = {k: v for k, v in record.items() if not isinstance(v, (list, dict))}
             tracker.log(step, {f"{name}/{key}": value for key, value in numbers.items()})
-        tracker.log_images(len(records), {name: folder / f"{name}.png"})
+        with TemporaryDirectory() as images:  # Weights & Biases takes no SVG
+            save_figure(Path(images) / f"{name}.png", figure)
+            tracker.log_images(len(records), {name: Path(images) / f"{name}.png"})
         failed = False
     finally:
         tracker.finish(failed)
@@ -383,13 +430,13 @@ def write_page(studies: Mapping[str, Study], setting: Setting) -> None:
             continue
         content = read_json(path)
         records = content["records"]
-        save_figure(path.with_suffix(".png"), study.draw(records))
+        save_figure(path.with_suffix(".svg"), study.draw(records))
         title, _, asked = inspect.cleandoc(study.measure.__doc__ or name).partition("\n")
         parts.append(f"## {title.rstrip('.')}\n\n{asked.strip()}")
         seen = FINDINGS / f"{name}.md"
         if seen.exists():
             parts.append(f"**Seen.** {seen.read_text(encoding='utf-8').strip()}")
-        parts.append(f"![{name}](results/{name}.png)\n\n{table(records, study.keys, study.values)}")
+        parts.append(f"![{name}](results/{name}.svg)\n\n{table(records, study.keys, study.values)}")
         trial = "a quick trial, whose numbers mean nothing; " if content["quick"] else ""
         parts.append(
             f"`python -m experiments.recurrence {name}`: {trial}{content['seconds']:.0f} s with "
