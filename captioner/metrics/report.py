@@ -98,9 +98,9 @@ def _encode_figure(figure: Any, suffix: str) -> bytes:
     import matplotlib as mpl
 
     content = io.BytesIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "captioner"}
     metadata = {"Date": None} if suffix == "svg" else None
-    with warnings.catch_warnings(), mpl.rc_context(settings):
+    with warnings.catch_warnings(), mpl.rc_context():
+        mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "captioner"})
         # Names in scripts that matplotlib's font lacks show as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(content, format=suffix, dpi=200, metadata=metadata)

@@ -15,16 +15,9 @@ from captioner.progress import log_line
 from experiments.recurrence import gradients, memory, sequences, unshuffle
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cost import cost, draw_cost
+from experiments.recurrence.pictures import Record, draw_models
 from experiments.recurrence.starts import captioning_starts, draw_captioning_starts
-from experiments.recurrence.study import (
-    HERE,
-    Record,
-    Setting,
-    Study,
-    draw_models,
-    run,
-    write_page,
-)
+from experiments.recurrence.study import HERE, Setting, Study, run, write_page
 
 
 def _of_models(measure: Callable[[Setting], list[Record]], **labels: str) -> Study:

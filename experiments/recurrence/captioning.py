@@ -15,7 +15,8 @@ from captioner.training.gradient_flow import logged_flow
 from captioner.training.run import train
 from captioner.training.tracking import read_log
 from experiments.recurrence.captions import experiment, load_captions
-from experiments.recurrence.study import COLOURS, Record, Setting, draw_dots, groups
+from experiments.recurrence.pictures import COLOURS, Record, draw_dots, groups
+from experiments.recurrence.study import Setting
 
 METRICS = ("BLEU-4", "CIDEr-D")
 
@@ -60,13 +61,13 @@ def captioning(setting: Setting) -> list[Record]:
 
 def draw_captioning(records: Sequence[Record]) -> Any:
     """Draw the scores, and the flow of gradients in the last epoch."""
-    figure = new_figure(3, 1, 4.6, 2.8)
+    figure = new_figure(3, 1, 3.6, 2.8)
     for place, metric in enumerate(METRICS):
         draw_dots(figure.add_subplot(1, 3, place + 1), records, "cell", metric)
     axes = figure.add_subplot(1, 3, 3)
     lines = {}
     for (cell,), of_cell in groups(records, ("cell",)).items():
-        for record in of_cell:
+        for record in sorted(of_cell, key=lambda record: len(record["flow"])):
             shares = [norm / record["flow"][0] for norm in record["flow"]]
             (lines[cell],) = axes.plot(shares, color=COLOURS[cell], linewidth=1.0)
     axes.set(yscale="log", xlabel="steps back from the last word", ylabel="share of the gradient")

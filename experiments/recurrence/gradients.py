@@ -16,15 +16,8 @@ from captioner.models.recurrent_cells import CELLS, INITIALISATIONS
 from captioner.progress import progress_iter
 from captioner.training.gradient_flow import Norms, gradient_norms
 from experiments.recurrence.memory import adding_problem
-from experiments.recurrence.study import (
-    COLOURS,
-    History,
-    LastStep,
-    Record,
-    Setting,
-    fit,
-    groups,
-)
+from experiments.recurrence.pictures import COLOURS, Record, groups
+from experiments.recurrence.study import History, LastStep, Setting, fit
 
 DISTANCES = (1, 2, 5, 10, 20, 50, 100, 200)
 
@@ -79,7 +72,7 @@ def gradient_distance(setting: Setting) -> list[Record]:
 
 def draw_gradient_distance(records: Sequence[Record]) -> Any:
     """Draw the whole state's share for each cell and start, and the parts of the LSTM's."""
-    figure = new_figure(3, 2, 4.4, 3.2)
+    figure = new_figure(3, 2, 3.3, 2.7)
     frames = _starts_by_cell([record for record in records if record["of"] == "state"])
     parts = [r for r in records if r["start"] == "orthogonal, forget bias 4"]
     frames["lstm, orthogonal, forget bias 4"] = {
@@ -159,7 +152,7 @@ def spectral_radius(setting: Setting) -> list[Record]:
 
 def draw_spectral_radius(records: Sequence[Record]) -> Any:
     """Draw the shares over the distance beside theory's, and the slopes over the radius."""
-    figure = new_figure(3, 1, 4.2, 3.2)
+    figure = new_figure(3, 1, 3.4, 3.0)
     for place, ((regime,), of_regime) in enumerate(groups(records, ("regime",)).items()):
         axes = figure.add_subplot(1, 3, place + 1)
         axes.set(title=f"{regime}, by radius", yscale="log", xlim=(0, 58), ylim=(1e-22, 1e11))
@@ -175,14 +168,15 @@ def draw_spectral_radius(records: Sequence[Record]) -> Any:
         label_lines(axes, lines)
     axes = figure.add_subplot(1, 3, 3)
     axes.axhline(1, color="0.7", linewidth=0.6)
-    axes.set(xlabel="spectral radius", ylabel="factor a step back", xlim=(0.4, 2.3))
-    ends = {"theory": axes.plot(RADII, RADII, "k:", linewidth=0.8)[0]}
+    axes.set(xlabel="spectral radius", ylabel="factor a step back", xlim=(0.4, 2.5))
+    axes.set(ylim=(0.3, 1.7), xticks=RADII[::2])
+    ends = {" theory": axes.plot(RADII, RADII, "k:", linewidth=0.8)[0]}
     look = {"color": COLOURS["rnn_tanh"], "markersize": 5}
     for marker, ((regime,), of_regime) in zip(
         "xo", groups(records, ("regime",)).items(), strict=True
     ):
         places, slopes = zip(*((r["radius"], r["slope"]) for r in of_regime), strict=True)
-        (ends[regime],) = axes.plot(places, slopes, marker, **look)
+        (ends[f" {regime}"],) = axes.plot(places, slopes, marker, **look)
     label_lines(axes, ends)
     return figure
 
@@ -254,7 +248,7 @@ def draw_exploding(records: Sequence[Record]) -> Any:
     Each point is the largest norm of five steps; a cross is where a run was lost.
     """
     columns = groups(records, ("cell", "start", "length"))
-    figure = new_figure(len(columns), len(CLIPPINGS), 2.9, 2.0)
+    figure = new_figure(len(columns), len(CLIPPINGS), 2.5, 1.8)
     frames = figure.subplots(len(CLIPPINGS), len(columns), sharex=True, sharey=True, squeeze=False)
     steps = max(len(record["norms"]) for record in records)
     for place, ((cell, start, length), of_column) in enumerate(columns.items()):
@@ -270,7 +264,7 @@ def draw_exploding(records: Sequence[Record]) -> Any:
                 if record["lost"]:
                     axes.plot(len(norms) - 1, max(peaks[-1], 0.1), "kx", markersize=8, zorder=3)
             axes.axhline(1, color="0.8", linewidth=0.8, zorder=0)
-            axes.set(yscale="log", xlim=(-0.03 * steps, steps))
+            axes.set(yscale="log", xlim=(-0.05 * steps, 1.05 * steps))
             if not place:
                 axes.set_ylabel(f"clipping: {clipping}\nnorm of the gradient")
     return figure

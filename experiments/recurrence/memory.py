@@ -14,16 +14,8 @@ from torch.nn.functional import cross_entropy, mse_loss, one_hot
 from captioner.metrics.report import new_figure
 from captioner.models.recurrent import RecurrentStack
 from captioner.progress import progress_iter
-from experiments.recurrence.study import (
-    COLOURS,
-    History,
-    LastStep,
-    Record,
-    Setting,
-    draw_map,
-    fit,
-    groups,
-)
+from experiments.recurrence.pictures import COLOURS, Record, draw_map, groups
+from experiments.recurrence.study import History, LastStep, Setting, fit
 
 
 def adding_problem(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -158,7 +150,7 @@ def draw_adding(records: Sequence[Record]) -> Any:
 
     A dash: no seed solved it; a cross for each run that died.
     """
-    figure = new_figure(2, 1, 5.6, 4.4)
+    figure = new_figure(2, 1, 5.2, 4.2)
     axes = figure.add_subplot(1, 2, 1)
     draw_map(axes, records, "length", "remedy", "solved", "steps_if_solved")
     axes.set(title="the study: batches until solved, ×: a run died", xlabel="length, steps")
@@ -175,7 +167,7 @@ def draw_adding(records: Sequence[Record]) -> Any:
         chosen.append([row["rate"] for row in of_remedy[0]["tuning"]].index(rate))
     axes = figure.add_subplot(1, 2, 2)
     draw_map(axes, trials, "rate", "remedy", "solved", "batches")
-    axes.plot(chosen, range(len(chosen)), "s", markersize=24, markerfacecolor="none", color="red")
+    axes.plot(chosen, range(len(chosen)), "s", markersize=22, markerfacecolor="none", color="red")
     axes.set(title="tuning at 50 and 100 steps, the chosen framed", xlabel="learning rate")
     axes.set(ylabel="", yticks=[])
     return figure
@@ -255,7 +247,7 @@ def _recalled(history: History) -> bool:
 def draw_truncation(records: Sequence[Record]) -> Any:
     """Draw accuracy as a map of window against span, a frame for each cell."""
     cells = groups(records, ("cell",))
-    figure = new_figure(len(cells), 1, 4.0, 3.4)
+    figure = new_figure(len(cells), 1, 3.3, 3.4)
     for place, ((cell,), of_cell) in enumerate(cells.items()):
         axes = figure.add_subplot(1, len(cells), place + 1)
         draw_map(axes, of_cell, "span", "window", "accuracy", "accuracy")

@@ -17,17 +17,8 @@ from captioner.metrics.report import label_lines, new_figure
 from captioner.models.recurrent import RecurrentStack
 from captioner.models.recurrent_cells import CELLS
 from experiments.recurrence.captions import load_captions, pad_rows, pooled_features
-from experiments.recurrence.study import (
-    COLOURS,
-    GREY,
-    LastStep,
-    Record,
-    Setting,
-    batch_of,
-    colour_of,
-    draw_dots,
-    train_models,
-)
+from experiments.recurrence.pictures import COLOURS, GREY, Record, colour_of, draw_dots
+from experiments.recurrence.study import LastStep, Setting, batch_of, train_models
 
 SHOWN = 150  # forecasts that are kept for the picture
 DOGS = {
@@ -327,7 +318,7 @@ def time_series(setting: Setting) -> list[Record]:
 
 def draw_time_series(records: Sequence[Record]) -> Any:
     """Draw the errors, then forecasts of the first seed beside the truth, and what they miss."""
-    figure = new_figure(2, 1, 5.4, 4.0)
+    figure = new_figure(2, 1, 5.0, 4.0)
     axes = figure.add_subplot(1, 2, 1)
     draw_dots(axes, records, "model", "error", "root mean squared error / standard deviation")
     above, below = figure.add_subplot(2, 2, 2), figure.add_subplot(2, 2, 4)
