@@ -252,7 +252,6 @@ def draw_truncation(records: Sequence[Record]) -> Any:
         axes = figure.add_subplot(1, len(cells), place + 1)
         draw_map(axes, of_cell, "span", "window", "accuracy", "accuracy")
         axes.set_title(cell, color=COLOURS[cell])
-        axes.set(
-            xlabel="steps between symbol and answer", ylabel="window of back-propagation, steps"
-        )
+        axes.set(xlabel="steps between symbol and answer", ylabel="" if place else "window, steps")
+    figure.suptitle("share of symbols recalled (guessing: 0.125)")
     return figure

@@ -111,9 +111,8 @@ def draw_dots(axes: Any, records: Sequence[Record], by: str, y: str, label: str 
     low, high = axes.get_xlim()
     for place, ((name,), of_row) in enumerate(rows.items()):
         colour, middle = colour_of(name), mean(of_row, y)
-        axes.text(
-            1.02, place, format_number(middle), va="center", transform=axes.get_yaxis_transform()
-        )
+        beside = {"va": "center", "transform": axes.get_yaxis_transform()}
+        axes.text(1.02, place, format_number(middle), **beside)
         if not low <= middle <= high:
             end, side = (0.0, "left") if middle < low else (1.0, "right")
             text = "◀ beyond the axis" if end == 0 else "beyond the axis ▶"
