@@ -167,7 +167,9 @@ def draw_adding(records: Sequence[Record]) -> Any:
         chosen.append([row["rate"] for row in of_remedy[0]["tuning"]].index(rate))
     axes = figure.add_subplot(1, 2, 2)
     draw_map(axes, trials, "rate", "remedy", "solved", "batches")
-    axes.plot(chosen, range(len(chosen)), "s", markersize=22, markerfacecolor="none", color="red")
+    for ink, width in (("black", 4), ("white", 1.5)):  # seen on each colour of the map
+        frame = {"markersize": 22, "markerfacecolor": "none", "markeredgewidth": width}
+        axes.plot(chosen, range(len(chosen)), "s", markeredgecolor=ink, **frame)
     axes.set(title="tuning at 50 and 100 steps, the chosen framed", xlabel="learning rate")
     axes.set(ylabel="", yticks=[])
     return figure
