@@ -170,13 +170,14 @@ def draw_spectral_radius(records: Sequence[Record]) -> Any:
     axes.axhline(1, color="0.7", linewidth=0.6)
     axes.set(xlabel="spectral radius", ylabel="factor a step back", xlim=(0.4, 2.5))
     axes.set(ylim=(0.3, 1.7), xticks=(0.5, 1.0, 1.5))
-    ends = {" theory": axes.plot(RADII, RADII, "k:", linewidth=0.8)[0]}
+    gap = "\N{NO-BREAK SPACE}" * 2  # between a marker and its label
+    ends = {f"{gap}theory": axes.plot(RADII, RADII, "k:", linewidth=0.8)[0]}
     look = {"color": COLOURS["rnn_tanh"], "markersize": 5}
     for marker, ((regime,), of_regime) in zip(
         "xo", groups(records, ("regime",)).items(), strict=True
     ):
         places, slopes = zip(*((r["radius"], r["slope"]) for r in of_regime), strict=True)
-        (ends[f" {regime}"],) = axes.plot(places, slopes, marker, **look)
+        (ends[f"{gap}{regime}"],) = axes.plot(places, slopes, marker, **look)
     label_lines(axes, ends)
     return figure
 

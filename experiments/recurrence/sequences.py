@@ -319,12 +319,13 @@ def time_series(setting: Setting) -> list[Record]:
 def draw_time_series(records: Sequence[Record]) -> Any:
     """Draw the errors, then forecasts of the first seed beside the truth, and what they miss."""
     figure = new_figure(2, 1, 5.0, 4.0)
-    axes = figure.add_subplot(1, 2, 1)
+    grid = figure.add_gridspec(2, 2)
+    axes = figure.add_subplot(grid[:, 0])
     draw_dots(axes, records, "model", "error", "root mean squared error / standard deviation")
-    above, below = figure.add_subplot(2, 2, 2), figure.add_subplot(2, 2, 4)
+    above, below = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
     truth = records[0]["truth"]
     first = {record["model"]: record["forecast"] for record in records if not record["seed"]}
-    lines = {"truth": above.plot(truth, color="0.75", linewidth=5)[0]}
+    lines = {"truth": above.plot(truth, color="0.65", linewidth=4)[0]}
     (lines["linear"],) = above.plot(first["linear"], "--", color=GREY)
     (lines["lstm"],) = above.plot(first["lstm"], color=COLOURS["lstm"])
     above.set(title="forecast of 20 steps ahead", ylabel="standard deviations")
