@@ -244,6 +244,14 @@ def run(name: str, study: Study, setting: Setting) -> None:
     )
     figure = study.draw(records)
     save_figure(folder / f"{name}.svg", figure)
+    _log(name, setting, records, figure)
+    for line in table(records, study.keys, study.values).splitlines():
+        log_line(line)
+    log_line(f"{name}: {seconds:.0f} s")
+
+
+def _log(name: str, setting: Setting, records: Sequence[Record], figure: Any) -> None:
+    """Log a study to Weights & Biases, as a run of its own."""
     config = WandbConfig(
         mode=setting.wandb,  # type: ignore[arg-type]
         project="captioner-recurrence",
@@ -262,9 +270,6 @@ def run(name: str, study: Study, setting: Setting) -> None:
         failed = False
     finally:
         tracker.finish(failed)
-    for line in table(records, study.keys, study.values).splitlines():
-        log_line(line)
-    log_line(f"{name}: {seconds:.0f} s")
 
 
 def write_page(studies: Mapping[str, Study], setting: Setting) -> None:
