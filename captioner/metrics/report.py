@@ -94,11 +94,16 @@ def plot_format(path: str | Path) -> str:
 
 
 def _encode_figure(figure: Any, suffix: str) -> bytes:
+    """Return an image file; an SVG has its text as text, and is the same each time."""
+    import matplotlib as mpl
+
     content = io.BytesIO()
-    with warnings.catch_warnings():
+    metadata = {"Date": None} if suffix == "svg" else None
+    with warnings.catch_warnings(), mpl.rc_context():
+        mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "captioner"})
         # Names in scripts that matplotlib's font lacks show as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(content, format=suffix, dpi=200)
+        figure.savefig(content, format=suffix, dpi=200, metadata=metadata)
     return content.getvalue()
 
 

@@ -16,16 +16,9 @@ from experiments.recurrence import gradients, memory, sequences, unshuffle
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cost import cost, draw_cost
 from experiments.recurrence.course import course
+from experiments.recurrence.pictures import Record, draw_models
 from experiments.recurrence.starts import captioning_starts, draw_captioning_starts
-from experiments.recurrence.study import (
-    HERE,
-    Record,
-    Setting,
-    Study,
-    draw_models,
-    run,
-    write_page,
-)
+from experiments.recurrence.study import HERE, Setting, Study, run, write_page
 
 
 def _of_models(measure: Callable[[Setting], list[Record]], **labels: str) -> Study:
@@ -46,8 +39,8 @@ STUDIES: dict[str, Study] = {
         whole_captions="share of captions in order",
     ),
     "next_word": _of_models(sequences.next_word, perplexity="perplexity, words"),
-    "time_series": _of_models(
-        sequences.time_series, error="root mean squared error / standard deviation"
+    "time_series": Study(
+        sequences.time_series, sequences.draw_time_series, ("model",), ("error", "parameters")
     ),
     "gradient_distance": Study(
         gradients.gradient_distance,
@@ -71,7 +64,7 @@ STUDIES: dict[str, Study] = {
         memory.adding,
         memory.draw_adding,
         ("remedy", "length"),
-        ("solved", "steps", "error"),
+        ("rate", "solved", "died", "steps_if_solved", "error"),
     ),
     "truncation": Study(
         memory.truncation, memory.draw_truncation, ("cell", "window", "span"), ("accuracy",)
@@ -139,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run_all(sys.argv[1:] if argv is None else argv)
     elif args.study != "page":
         run(args.study, STUDIES[args.study], setting)
-    write_page(STUDIES, setting, course(HERE / "results", "png") if output == HERE else "")
+    write_page(STUDIES, setting, course(HERE / "results") if output == HERE else "")
     print(f"page: {output / 'README.md'}")
     return 0
 

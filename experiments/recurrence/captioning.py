@@ -7,7 +7,7 @@ from typing import Any
 
 from captioner.data.predictions import read_predictions
 from captioner.files import atomic_write
-from captioner.metrics.report import new_figure
+from captioner.metrics.report import label_lines, new_figure
 from captioner.metrics.scores import Scores, score
 from captioner.metrics.significance import confidence_interval, paired_test
 from captioner.progress import log_line
@@ -15,7 +15,8 @@ from captioner.training.gradient_flow import logged_flow
 from captioner.training.run import train
 from captioner.training.tracking import read_log
 from experiments.recurrence.captions import experiment, load_captions
-from experiments.recurrence.study import Record, Setting, draw_bars, groups
+from experiments.recurrence.pictures import COLOURS, Record, draw_dots, groups
+from experiments.recurrence.study import Setting
 
 METRICS = ("BLEU-4", "CIDEr-D")
 
@@ -60,18 +61,18 @@ def captioning(setting: Setting) -> list[Record]:
 
 def draw_captioning(records: Sequence[Record]) -> Any:
     """Draw the scores, and the flow of gradients in the last epoch."""
-    figure = new_figure(3, 1, 4.0, 3.0)
+    figure = new_figure(3, 1, 3.6, 2.8)
     for place, metric in enumerate(METRICS):
-        draw_bars(figure.add_subplot(1, 3, place + 1), records, "cell", metric)
+        draw_dots(figure.add_subplot(1, 3, place + 1), records, "cell", metric)
     axes = figure.add_subplot(1, 3, 3)
-    for number, ((cell,), of_cell) in enumerate(groups(records, ("cell",)).items()):
-        for record in of_cell:
-            label = cell if record["seed"] == 0 else None
-            axes.plot(record["flow"], color=f"C{number}", label=label, linewidth=0.9)
-    axes.set(
-        yscale="log", xlabel="steps back from the last word", ylabel="norm of the state's gradient"
-    )
-    axes.legend(fontsize="x-small")
+    lines = {}
+    for (cell,), of_cell in groups(records, ("cell",)).items():
+        for record in sorted(of_cell, key=lambda record: len(record["flow"])):
+            shares = [norm / record["flow"][0] for norm in record["flow"]]
+            (lines[cell],) = axes.plot(shares, color=COLOURS[cell], linewidth=1.0)
+    axes.set(yscale="log", xlabel="steps back from the last word", ylabel="share of the gradient")
+    axes.set_xlim(0, 1.35 * max(len(record["flow"]) - 1 for record in records))
+    label_lines(axes, lines)
     return figure
 
 

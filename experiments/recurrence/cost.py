@@ -13,7 +13,8 @@ from captioner.metrics.report import new_figure
 from captioner.models.recurrent import RecurrentStack
 from captioner.models.recurrent_cells import CELLS
 from captioner.progress import progress_iter
-from experiments.recurrence.study import Record, Setting, draw_lines
+from experiments.recurrence.pictures import Record, draw_lines
+from experiments.recurrence.study import Setting
 
 
 def cost(setting: Setting) -> list[Record]:
@@ -62,7 +63,7 @@ def cost(setting: Setting) -> list[Record]:
 
 def draw_cost(records: Sequence[Record]) -> Any:
     """Draw time and memory over the width, a line for each cell."""
-    figure = new_figure(3, 1, 3.6, 3.0)
+    figure = new_figure(3, 1, 3.4, 3.0)
     labels = {
         "milliseconds": "forward and backward, ms",
         "time_of_lstm": "the same, share of the LSTM's",
@@ -70,10 +71,9 @@ def draw_cost(records: Sequence[Record]) -> Any:
     }
     for place, (name, label) in enumerate(labels.items()):
         axes = figure.add_subplot(1, 3, place + 1)
+        axes.set_yscale("linear" if name == "time_of_lstm" else "log")
         draw_lines(axes, records, "width", name, ("cell",), marker=".")
         axes.set(ylabel=label, xlabel="width, units")
-        if name != "time_of_lstm":
-            axes.set_yscale("log")
     return figure
 
 

@@ -9,24 +9,23 @@ from typing import Any
 
 from captioner.files import read_json
 from captioner.models.recurrent_cells import gru_step, lstm_step, tanh_step
-from experiments.recurrence.study import Record, mean
+from experiments.recurrence.pictures import Record, mean
 
 TEXT = Path(__file__).with_name("course.md")
 
 
-def course(results: Path, suffix: str) -> str:
+def course(results: Path) -> str:
     """Return the course as Markdown, with the lines of the cells and the numbers of studies in it.
 
     Args:
         results: Folder of the studies' JSON files.
-        suffix: Of the pictures' file names.
 
     Raises:
         DataError: A study that it tells of hasn't been run.
     """
     text = TEXT.read_text(encoding="utf-8")
     values = {cell.__name__: _lines_of(cell) for cell in (tanh_step, lstm_step, gru_step)}
-    values |= {"suffix": suffix, **_numbers(lambda name: read_json(results / f"{name}.json"))}
+    values |= _numbers(lambda name: read_json(results / f"{name}.json"))
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", value)
     return text

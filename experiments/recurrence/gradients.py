@@ -16,15 +16,8 @@ from captioner.models.recurrent_cells import CELLS, INITIALISATIONS
 from captioner.progress import progress_iter
 from captioner.training.gradient_flow import Norms, gradient_norms
 from experiments.recurrence.memory import adding_problem
-from experiments.recurrence.study import (
-    COLOURS,
-    History,
-    LastStep,
-    Record,
-    Setting,
-    fit,
-    groups,
-)
+from experiments.recurrence.pictures import COLOURS, Record, groups
+from experiments.recurrence.study import History, LastStep, Setting, fit
 
 DISTANCES = (1, 2, 5, 10, 20, 50, 100, 200)
 
@@ -79,7 +72,7 @@ def gradient_distance(setting: Setting) -> list[Record]:
 
 def draw_gradient_distance(records: Sequence[Record]) -> Any:
     """Draw the whole state's share for each cell and start, and the parts of the LSTM's."""
-    figure = new_figure(3, 2, 4.4, 3.2)
+    figure = new_figure(3, 2, 3.3, 2.7)
     frames = _starts_by_cell([record for record in records if record["of"] == "state"])
     parts = [r for r in records if r["start"] == "orthogonal, forget bias 4"]
     frames["lstm, orthogonal, forget bias 4"] = {
@@ -159,7 +152,7 @@ def spectral_radius(setting: Setting) -> list[Record]:
 
 def draw_spectral_radius(records: Sequence[Record]) -> Any:
     """Draw the shares over the distance beside theory's, and the slopes over the radius."""
-    figure = new_figure(3, 1, 4.2, 3.2)
+    figure = new_figure(3, 1, 3.4, 3.0)
     for place, ((regime,), of_regime) in enumerate(groups(records, ("regime",)).items()):
         axes = figure.add_subplot(1, 3, place + 1)
         axes.set(title=f"{regime}, by radius", yscale="log", xlim=(0, 58), ylim=(1e-22, 1e11))
@@ -174,16 +167,18 @@ def draw_spectral_radius(records: Sequence[Record]) -> Any:
             axes.plot(theory, "k:", linewidth=0.8)
         label_lines(axes, lines)
     axes = figure.add_subplot(1, 3, 3)
-    axes.plot(RADII, RADII, "k:", linewidth=0.8)
     axes.axhline(1, color="0.7", linewidth=0.6)
+    axes.set(xlabel="spectral radius", ylabel="factor a step back", xlim=(0.4, 2.5))
+    axes.set(ylim=(0.3, 1.7), xticks=(0.5, 1.0, 1.5))
+    gap = "\N{NO-BREAK SPACE}" * 2  # between a marker and its label
+    ends = {f"{gap}theory": axes.plot(RADII, RADII, "k:", linewidth=0.8)[0]}
+    look = {"color": COLOURS["rnn_tanh"], "markersize": 5}
     for marker, ((regime,), of_regime) in zip(
         "xo", groups(records, ("regime",)).items(), strict=True
     ):
         places, slopes = zip(*((r["radius"], r["slope"]) for r in of_regime), strict=True)
-        look = {"color": COLOURS["rnn_tanh"], "markersize": 5, "label": regime}
-        axes.plot(places, slopes, marker, **look)
-    axes.set(xlabel="spectral radius", ylabel="factor a step back")
-    axes.legend(fontsize="x-small", title="dotted: theory", title_fontsize="x-small")
+        (ends[f"{gap}{regime}"],) = axes.plot(places, slopes, marker, **look)
+    label_lines(axes, ends)
     return figure
 
 
@@ -249,22 +244,28 @@ def _descend(
 
 
 def draw_exploding(records: Sequence[Record]) -> Any:
-    """Draw the norm of the gradient over the steps, a frame for each cell; a cross: it was lost."""
-    frames = groups(records, ("cell", "start", "length"))
-    figure = new_figure(len(frames), 1, 3.6, 3.2)
-    styles = dict(zip(CLIPPINGS, ("-", "--", ":"), strict=True))
-    for place, ((cell, start, length), of_frame) in enumerate(frames.items()):
-        axes = figure.add_subplot(1, len(frames), place + 1)
-        for (clipping,), of_clipping in groups(of_frame, ("clipping",)).items():
-            for record in of_clipping:
+    """Draw the gradient's norm over the steps: a column for each cell, a row for each clipping.
+
+    Each point is the largest norm of five steps; a cross is where a run was lost.
+    """
+    columns = groups(records, ("cell", "start", "length"))
+    figure = new_figure(len(columns), len(CLIPPINGS), 2.5, 1.8)
+    frames = figure.subplots(len(CLIPPINGS), len(columns), sharex=True, sharey=True, squeeze=False)
+    steps = max(len(record["norms"]) for record in records)
+    for place, ((cell, start, length), of_column) in enumerate(columns.items()):
+        frames[0][place].set_title(f"{cell}, {start},\n{length} steps", color=COLOURS[cell])
+        frames[-1][place].set_xlabel("training step")
+        for row, (clipping,) in enumerate(groups(of_column, ("clipping",))):
+            axes = frames[row][place]
+            for record in (r for r in of_column if r["clipping"] == clipping):
                 norms = [math.nan if norm is None else norm for norm in record["norms"]]
-                label = clipping if record["seed"] == 0 else None
-                look = {"color": COLOURS[cell], "linewidth": 0.8, "label": label}
-                axes.plot(norms, styles[clipping], **look)
-                known = [(step, n) for step, n in enumerate(norms) if math.isfinite(n)]
-                if record["lost"] and known:
-                    axes.plot(*known[-1], "kx", markersize=6)
-        axes.set(title=f"{cell}, {start}, {length} steps", yscale="log")
-        axes.set(xlabel="training step", ylabel="norm of the gradient")
-        axes.legend(fontsize="x-small", title="clipping; x: lost", title_fontsize="x-small")
+                peaks = [max(norms[i : i + 5]) for i in range(0, len(norms), 5)]
+                look = {"color": COLOURS[cell], "linewidth": 0.9}
+                axes.plot(range(0, len(norms), 5), peaks, **look)
+                if record["lost"]:
+                    axes.plot(len(norms) - 1, max(peaks[-1], 0.1), "kx", markersize=8, zorder=3)
+            axes.axhline(1, color="0.8", linewidth=0.8, zorder=0)
+            axes.set(yscale="log", xlim=(-0.05 * steps, 1.05 * steps))
+            if not place:
+                axes.set_ylabel(f"clipping: {clipping}\nnorm of the gradient")
     return figure

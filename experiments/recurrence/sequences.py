@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from captioner.data.vocabulary import BOS, EOS, PAD
+from captioner.metrics.report import label_lines, new_figure
 from captioner.models.recurrent import RecurrentStack
 from captioner.models.recurrent_cells import CELLS
 from experiments.recurrence.captions import load_captions, pad_rows, pooled_features
-from experiments.recurrence.study import LastStep, Record, Setting, batch_of, train_models
+from experiments.recurrence.pictures import COLOURS, GREY, Record, colour_of, draw_dots
+from experiments.recurrence.study import LastStep, Setting, batch_of, train_models
 
+SHOWN = 150  # forecasts that are kept for the picture
 DOGS = {
     "dog",
     "dogs",
@@ -279,8 +283,9 @@ def time_series(setting: Setting) -> list[Record]:
     window = 40
     x, y, x_val, y_val = _forecasts(setting.pick(6000, 800), window, ahead=20)
 
-    def error(forecast: Tensor) -> dict[str, float]:
-        return {"error": float((forecast - y_val).square().mean().sqrt())}
+    def error(forecast: Tensor) -> Record:
+        shown = [round(value, 4) for value in forecast[:SHOWN].tolist()]
+        return {"error": float((forecast - y_val).square().mean().sqrt()), "forecast": shown}
 
     ones, ones_val = (torch.cat([part, torch.ones(len(part), 1)], 1) for part in (x, x_val))
     linear = torch.linalg.lstsq(ones.double(), y.double().unsqueeze(1)).solution.float()
@@ -292,6 +297,7 @@ def time_series(setting: Setting) -> list[Record]:
             ("linear", window + 1, (ones_val @ linear).squeeze(1)),
         )
     ]
+    records[0]["truth"] = [round(value, 4) for value in y_val[:SHOWN].tolist()]
     models: dict[str, Callable[[], nn.Module]] = {
         "feed-forward": lambda: nn.Sequential(
             nn.Linear(window, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)
@@ -303,11 +309,37 @@ def time_series(setting: Setting) -> list[Record]:
         rows = batch_of(len(x), random, 64)
         return mse_loss(model(x[rows]).squeeze(1), y[rows])
 
-    def scores_of(model: nn.Module) -> dict[str, float]:
+    def scores_of(model: nn.Module) -> Record:
         return error(model(x_val).squeeze(1))
 
     steps = setting.pick(1000, 5)
     return records + train_models("time_series", setting, models, loss_of, scores_of, steps, 3e-3)
+
+
+def draw_time_series(records: Sequence[Record]) -> Any:
+    """Draw the errors, then forecasts of the first seed beside the truth, and what they miss."""
+    figure = new_figure(2, 1, 5.0, 4.0)
+    grid = figure.add_gridspec(2, 2)
+    axes = figure.add_subplot(grid[:, 0])
+    draw_dots(axes, records, "model", "error", "root mean squared error / standard deviation")
+    above, below = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
+    truth = records[0]["truth"]
+    first = {record["model"]: record["forecast"] for record in records if not record["seed"]}
+    lines = {"truth": above.plot(truth, color="0.65", linewidth=4)[0]}
+    (lines["linear"],) = above.plot(first["linear"], "--", color=GREY)
+    (lines["lstm"],) = above.plot(first["lstm"], color=COLOURS["lstm"])
+    above.set(title="forecast of 20 steps ahead", ylabel="standard deviations")
+    missed = {}
+    # The three that are told apart whoever looks.
+    for name, style in (("feed-forward", "--"), ("rnn_tanh", "-"), ("lstm", "-")):
+        rest = [forecast - value for forecast, value in zip(first[name], truth, strict=True)]
+        (missed[name],) = below.plot(rest, style, color=colour_of(name), linewidth=1.2)
+    below.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    below.set(title="forecast − truth, enlarged", xlabel="step", ylabel="standard deviations")
+    for frame, named in ((above, lines), (below, missed)):
+        frame.set_xlim(0, 1.25 * SHOWN)
+        label_lines(frame, named)
+    return figure
 
 
 class _Numbers(nn.Module):

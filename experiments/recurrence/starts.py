@@ -14,7 +14,8 @@ from captioner.models.checkpoint import load_checkpoint
 from captioner.progress import log_line
 from experiments.recurrence.captioning import METRICS, score_run, train_run
 from experiments.recurrence.captions import load_captions, pooled_features
-from experiments.recurrence.study import COLOURS, Record, Setting, groups, mean
+from experiments.recurrence.pictures import COLOURS, Record, groups, mean
+from experiments.recurrence.study import Setting
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 # Word vectors begin uniformly up to this: their rms is 0.058 and 1.
@@ -101,7 +102,7 @@ def _losses(setting: Setting, folder: Path) -> tuple[float, float]:
 
 def draw_captioning_starts(records: Sequence[Record]) -> Any:
     """Draw CIDEr-D over the rate for each start, then each cell's best with all its seeds."""
-    figure = new_figure(3, 1, 4.2, 3.4)
+    figure = new_figure(3, 1, 3.6, 3.2)
     first = [r for r in records if r["features"] == "plain" and r["seed"] == 0]
     top = 1.1 * max(record["CIDEr-D"] for record in records)
     for place, ((scale,), of_scale) in enumerate(groups(first, ("embedding_scale",)).items()):

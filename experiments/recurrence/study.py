@@ -1,4 +1,4 @@
-"""What the studies share: settings, a training loop, tables and pictures of results, the page."""
+"""What the studies share: settings, a training loop, tables of results, the page."""
 
 import importlib.metadata
 import inspect
@@ -6,10 +6,11 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 
 from captioner.config import WandbConfig
 from captioner.files import atomic_write, read_json, write_json
-from captioner.metrics.report import new_figure, save_figure
+from captioner.metrics.report import save_figure
 from captioner.models.recurrent import RecurrentStack
 from captioner.progress import log_line, progress_iter
 from captioner.training.run import git_state
 from captioner.training.tracking import Tracker
+from experiments.recurrence.pictures import Record, format_number, groups
 
 HERE = Path(__file__).parent
 FINDINGS = HERE / "findings"  # what was seen, a paragraph a study, written by hand
 MOST_ROWS = 12  # of a table that is shown unfolded
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def train_models(
     setting: Setting,
     models: dict[str, Callable[[], nn.Module]],
     loss_of: Callable[[nn.Module, np.random.Generator], Tensor],
-    scores_of: Callable[[nn.Module], dict[str, float]],
+    scores_of: Callable[[nn.Module], Record],
     steps: int,
     rate: float = 2e-3,
 ) -> list[Record]:
@@ -191,24 +192,7 @@ def batch_of(rows: int, random: np.random.Generator, size: int) -> np.ndarray:
     return random.integers(rows, size=size)
 
 
-# --- tables and pictures ------------------------------------------------------------------------
-
-# One colour per cell in all pictures, told apart by colour-blind people too (Okabe and Ito 2008).
-COLOURS = {"lstm": "#0072B2", "gru": "#009E73", "rnn_tanh": "#D55E00", "rnn_relu": "#CC79A7"}
-
-
-def groups(records: Iterable[Record], keys: Sequence[str]) -> dict[tuple, list[Record]]:
-    """Bring together the records that agree in these fields, in the order in which they came."""
-    grouped: dict[tuple, list[Record]] = {}
-    for record in records:
-        grouped.setdefault(tuple(record[key] for key in keys), []).append(record)
-    return grouped
-
-
-def mean(records: Sequence[Record], name: str) -> float:
-    """Return the mean of a field over the records that have it; NaN if none has."""
-    values = [record[name] for record in records if record.get(name) is not None]
-    return statistics.fmean(values) if values else math.nan
+# --- tables --------------------------------------------------------------------------------------
 
 
 def table(records: Sequence[Record], keys: Sequence[str], values: Sequence[str]) -> str:
@@ -226,100 +210,10 @@ def _cell(values: Sequence[Any]) -> str:
     numbers = [float(value) for value in values if value is not None]
     if not numbers:
         return "-"
-    text = _number(statistics.fmean(numbers))
+    text = format_number(statistics.fmean(numbers))
     if len(numbers) > 1 and max(numbers) > min(numbers):
-        text += f" ± {_number(statistics.stdev(numbers))}"
+        text += f" ± {format_number(statistics.stdev(numbers))}"
     return text
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    if value == int(value) and abs(value) < 1e9:
-        return f"{int(value):,}"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-def draw_lines(
-    axes: Any, records: Sequence[Record], x: str, y: str, by: Sequence[str], **style: Any
-) -> None:
-    """Draw y over x (log), a line for each group: mean over seeds in a band of the extremes."""
-    for key, of_group in groups(records, by).items():
-        points = sorted(groups(of_group, (x,)).items())
-        known = [(p[0], [r[y] for r in of_x if r.get(y) is not None]) for p, of_x in points]
-        known = [(place, values) for place, values in known if values]
-        places = [place for place, _ in known]
-        (line,) = axes.plot(
-            places,
-            [statistics.fmean(values) for _, values in known],
-            label=", ".join(map(str, key)),
-            **style,
-        )
-        low, high = ([f(values) for _, values in known] for f in (min, max))
-        axes.fill_between(places, low, high, alpha=0.15, color=line.get_color())
-    places = sorted({record[x] for record in records})
-    axes.set_xscale("log")
-    axes.set_xticks(places, [f"{place:g}" for place in places])
-    axes.minorticks_off()
-    axes.set_xlabel(x.replace("_", " "))
-    axes.set_ylabel(y.replace("_", " "))
-    axes.legend(fontsize="x-small")
-
-
-def draw_map(
-    axes: Any, records: Sequence[Record], x: str, y: str, colour: str, number: str
-) -> None:
-    """Draw a map: the mean of ``colour`` in each place, and the mean of ``number`` as text.
-
-    Where no record of a place has a number there is a cross.
-    """
-    columns, rows = ([key for (key,) in groups(records, (name,))] for name in (x, y))
-    by_place = groups(records, (y, x))
-    values = [[mean(by_place[row, column], colour) for column in columns] for row in rows]
-    limits = {"vmin": 0, "vmax": 1} if colour != "error" else {}
-    image = axes.imshow(values, cmap="cividis", aspect="auto", **limits)
-    for (row, column), of_place in by_place.items():
-        value = mean(of_place, number)
-        place = columns.index(column), rows.index(row)
-        text = "x" if math.isnan(value) else _number(value if value < 100 else round(value))
-        shade = image.norm(values[place[1]][place[0]])
-        ink = "black" if math.isfinite(shade) and shade > 0.6 else "white"
-        ink = ink if math.isfinite(shade) else "black"
-        axes.text(*place, text, ha="center", va="center", fontsize="x-small", color=ink)
-    axes.set_xticks(range(len(columns)), [f"{c:g}" if isinstance(c, float) else c for c in columns])
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-    axes.figure.colorbar(image, ax=axes, label=colour.replace("_", " "), shrink=0.8)
-
-
-def draw_bars(axes: Any, records: Sequence[Record], by: str, y: str, label: str = "") -> None:
-    """Draw the mean of y for each group as a bar, and a dot for each seed.
-
-    The interval from y_low to y_high, where records have it, is a line, a mean over seeds.
-    """
-    means = []
-    for place, ((name,), of_group) in enumerate(groups(records, (by,)).items()):
-        values = [record[y] for record in of_group if record.get(y) is not None]
-        means.append(mean(of_group, y))
-        axes.barh(place, means[-1], color="C0" if place else "0.6", alpha=0.6)
-        axes.plot(values, [place] * len(values), "k.", markersize=4)
-        low, high = (mean(of_group, f"{y}_{end}") for end in ("low", "high"))
-        axes.plot([low, high], [place + 0.25] * 2, "k|-", linewidth=0.8)
-        axes.text(0.01, place, f" {name}", va="center", transform=axes.get_yaxis_transform())
-    if max(means) > 20 * min(means) > 0:
-        axes.set_xscale("log")
-    axes.set_yticks([])
-    axes.invert_yaxis()
-    axes.set_xlabel(label or y.replace("_", " "))
-
-
-def draw_models(labels: Mapping[str, str], records: Sequence[Record]) -> Any:
-    """Draw a bar for each model, a frame for each of the fields that are labelled."""
-    figure = new_figure(len(labels), 1, 4.2, 3.2)
-    for place, (name, label) in enumerate(labels.items()):
-        axes = figure.add_subplot(1, len(labels), place + 1)
-        draw_bars(axes, records, "model", name, label)
-    return figure
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -349,7 +243,16 @@ def run(name: str, study: Study, setting: Setting) -> None:
         },
         indent=None,
     )
-    save_figure(folder / f"{name}.png", study.draw(records))
+    figure = study.draw(records)
+    save_figure(folder / f"{name}.svg", figure)
+    _log(name, setting, records, figure)
+    for line in table(records, study.keys, study.values).splitlines():
+        log_line(line)
+    log_line(f"{name}: {seconds:.0f} s")
+
+
+def _log(name: str, setting: Setting, records: Sequence[Record], figure: Any) -> None:
+    """Log a study to Weights & Biases, as a run of its own."""
     config = WandbConfig(
         mode=setting.wandb,  # type: ignore[arg-type]
         project="captioner-recurrence",
@@ -362,13 +265,12 @@ def run(name: str, study: Study, setting: Setting) -> None:
         for step, record in enumerate(records):
             numbers = {k: v for k, v in record.items() if not isinstance(v, (list, dict))}
             tracker.log(step, {f"{name}/{key}": value for key, value in numbers.items()})
-        tracker.log_images(len(records), {name: folder / f"{name}.png"})
+        with TemporaryDirectory() as images:  # Weights & Biases takes no SVG
+            save_figure(Path(images) / f"{name}.png", figure)
+            tracker.log_images(len(records), {name: Path(images) / f"{name}.png"})
         failed = False
     finally:
         tracker.finish(failed)
-    for line in table(records, study.keys, study.values).splitlines():
-        log_line(line)
-    log_line(f"{name}: {seconds:.0f} s")
 
 
 def write_page(studies: Mapping[str, Study], setting: Setting, course: str = "") -> None:
@@ -389,13 +291,13 @@ def write_page(studies: Mapping[str, Study], setting: Setting, course: str = "")
             continue
         content = read_json(path)
         records = content["records"]
-        save_figure(path.with_suffix(".png"), study.draw(records))
+        save_figure(path.with_suffix(".svg"), study.draw(records))
         title, _, asked = inspect.cleandoc(study.measure.__doc__ or name).partition("\n")
         parts.append(f"## {title.rstrip('.')}\n\n{asked.strip()}")
         seen = FINDINGS / f"{name}.md"
         if seen.exists():
             parts.append(f"**Seen.** {seen.read_text(encoding='utf-8').strip()}")
-        parts.append(f"![{name}](results/{name}.png)")
+        parts.append(f"![{name}](results/{name}.svg)")
         parts.append(_folded(table(records, study.keys, study.values)))
         trial = "a quick trial, whose numbers mean nothing; " if content["quick"] else ""
         parts.append(

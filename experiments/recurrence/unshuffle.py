@@ -11,7 +11,8 @@ from captioner.data.vocabulary import BOS, PAD
 from captioner.models.recurrent import RecurrentStack
 from captioner.models.recurrent_cells import CELLS, states_per_layer
 from experiments.recurrence.captions import load_captions, pad_rows
-from experiments.recurrence.study import Record, Setting, batch_of, train_models
+from experiments.recurrence.pictures import Record
+from experiments.recurrence.study import Setting, batch_of, train_models
 
 
 class Unshuffler(nn.Module):

@@ -72,7 +72,7 @@ def test_a_step_of_the_gru_by_hand():
 
 
 def test_all_places_are_filled_with_lines_and_numbers():
-    text = course(HERE / "results", "png")
+    text = course(HERE / "results")
     assert not re.findall(r"\{[a-z]\w*\}", text)
     for line in ("c = f * state[1] + i * g", "n = torch.tanh(new + r * from_new)"):
         assert line in text

@@ -5,17 +5,19 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
+from captioner.metrics.report import new_figure, save_figure
 from captioner.models.recurrent import RecurrentStack
 from experiments.recurrence import gradients, memory, sequences, unshuffle
 from experiments.recurrence.__main__ import STUDIES, main
-from experiments.recurrence.study import Setting, fit, table, write_page
+from experiments.recurrence.pictures import COLOURS, GREY, colour_of, draw_dots
+from experiments.recurrence.study import HERE, Setting, fit, table, write_page
 
 ROOT = Path(__file__).parents[2]
 FLICKR8K = ROOT.parent / "shared/data/flickr8k"
@@ -39,6 +41,21 @@ def test_adding_problem():
     assert torch.equal(x[:, :10, 1].sum(1), torch.ones(500))
     torch.testing.assert_close(y, (x[..., 0] * x[..., 1]).sum(1, keepdim=True))
     assert float((y - 1).square().mean()) == pytest.approx(1 / 6, abs=0.02)
+
+
+def test_the_best_rate_solves_most_then_soonest_then_errs_least():
+    def trial(*runs):
+        return [{"solved": float(s), "steps": n, "error": e} for s, n, e in runs]
+
+    best_first = [
+        trial((1, 900, 0.02), (1, 900, 0.02)),
+        trial((1, 10, 0.02), (0, 1000, 0.1)),
+        trial((0, 1000, 0.1), (0, 1000, 0.2)),
+        trial((0, 1000, 0.1), (0, 1000, 0.3)),
+        trial((0, 1000, 0.01), (0, 3, None)),  # dying early is no speed
+    ]
+    worst_first = best_first[::-1]
+    assert sorted(worst_first, key=memory.rank_of_trial) == best_first
 
 
 def test_recall_problem():
@@ -186,6 +203,49 @@ def test_kept_for_backward_counts_every_tensor_once():
     assert sizes[1] > sizes[0] >= 4 * 5 * 8 * 4
 
 
+# --- pictures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_a_picture_is_small_and_the_same_each_time(path, tmp_path):
+    records = json.loads(path.read_text())["records"]
+    for name in ("first.svg", "second.svg"):
+        save_figure(tmp_path / name, STUDIES[path.stem].draw(records))
+    first = (tmp_path / "first.svg").read_bytes()
+    assert len(first) < 200_000
+    assert first == (tmp_path / "second.svg").read_bytes()
+    assert b"<text" in first
+    assert path.with_suffix(".svg").stat().st_size < 200_000
+
+
+def test_each_row_has_its_cell_s_colour_and_a_far_baseline_its_number():
+    names = {"the mean": GREY, "bag, then lstm": COLOURS["lstm"], "gru": COLOURS["gru"]}
+    names |= {"rnn_relu, one step": COLOURS["rnn_relu"]}
+    values = {"the mean": 0.5, "bag, then lstm": 0.96, "gru": 0.97, "rnn_relu, one step": 0.965}
+    records = [{"model": name, "score": values[name]} for name in names]
+    axes = new_figure(1, 1).add_subplot()
+    draw_dots(axes, records, "model", "score")
+    assert [tick.get_color() for tick in axes.get_yticklabels()] == list(names.values())
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == list(names)
+    places = {int(line.get_ydata()[0]): line.get_color() for line in axes.get_lines()}
+    assert places == {row: colour_of(name) for row, name in enumerate(names) if row}
+    written = [text.get_text() for text in axes.texts]
+    assert "0.5" in written
+    assert any("beyond the axis" in text for text in written)
+    assert axes.get_xlim()[0] > 0.9
+    assert "cut" in axes.get_xlabel()
+
+
+def test_an_axis_begins_at_0_where_differences_are_large():
+    records = [
+        {"model": cell, "score": value} for cell, value in zip(COLOURS, (1, 4, 9, 2), strict=True)
+    ]
+    axes = new_figure(1, 1).add_subplot()
+    draw_dots(axes, records, "model", "score")
+    assert axes.get_xlim()[0] == 0
+    assert "cut" not in axes.get_xlabel()
+
+
 # --- whole studies ------------------------------------------------------------------------------
 
 
@@ -196,9 +256,9 @@ def check(output: Path, names: list[str]) -> None:
         assert content["quick"]
         assert content["records"]
         assert table(content["records"], STUDIES[name].keys, STUDIES[name].values) in page
-        with Image.open(output / "results" / f"{name}.png") as picture:
-            assert picture.width > 300
-        assert f"(results/{name}.png)" in page
+        picture = (output / "results" / f"{name}.svg").read_text()
+        assert ElementTree.fromstring(picture).tag.endswith("svg")
+        assert f"(results/{name}.svg)" in page
 
 
 @pytest.mark.parametrize("name", GENERATED)
