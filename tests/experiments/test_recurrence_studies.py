@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from captioner.models.recurrent import RecurrentStack
-from experiments.recurrence import gradients, memory, sequences, unshuffle
+from experiments.recurrence import gradients, memory, sequences, tagging, unshuffle
 from experiments.recurrence.__main__ import STUDIES, main
 from experiments.recurrence.study import Setting, fit, table, write_page
 
@@ -25,7 +25,8 @@ GENERATED = [
     *("truncation", "cost"),
 ]
 OF_CAPTIONS = [
-    *("one_to_one", "many_to_one", "unshuffle", "next_word", "captioning", "captioning_starts"),
+    *("one_to_one", "many_to_one", "unshuffle", "reversal", "tagging", "next_word"),
+    *("captioning", "captioning_starts"),
 ]
 
 
@@ -93,6 +94,42 @@ def test_unshuffling_says_each_word_once_and_learns_what_it_is_trained_for(encod
     said = model.order(*rows[:2])
     assert [sorted(row.tolist()) for row in said] == [sorted(row.tolist()) for row in rows[0]]
     assert [row[: len(c)].tolist() for row, c in zip(said, captions, strict=True)] == captions
+
+
+def test_reversed_rows_are_as_they_were_read_but_backwards():
+    captions = [[4, 5, 6, 7], [8, 9], [5, 5, 4]]
+    token_ids, lengths, order = unshuffle.reversed_rows(captions, np.random.default_rng(0))
+    answers = token_ids.gather(1, order)
+    for row, n in enumerate(lengths.tolist()):
+        assert answers[row, :n].tolist() == token_ids[row, :n].tolist()[::-1]
+        assert sorted(answers[row, :n].tolist()) == sorted(captions[row])
+        assert not answers[row, n:].any()
+
+
+def test_tags_by_hand():
+    """A (0) dog (2) chases (0) a (0) man (1) here (0)."""
+    tags = tagging.tag_of_words([0, 2, 0, 0, 1, 0])
+    assert [divmod(tag, 4) for tag in tags] == [(0, 2), (0, 1), (2, 1), (2, 1), (2, 0), (1, 0)]
+
+
+def test_the_bound_of_forward_readers_by_hand():
+    """Of three words after "4" two have tag 1; the word "4" itself has tag 2 twice, 3 once."""
+    captions = [[4, 5], [4, 5], [4, 5], [6]]
+    tags = torch.tensor([[2, 1], [2, 1], [3, 0], [0, -100]])
+    assert tagging.best_of_beginnings(captions, tags) == pytest.approx(5 / 7)
+
+
+@pytest.mark.parametrize(
+    ("reads", "sees_before", "sees_after"),
+    [("", False, False), ("forward", True, False), ("backward", False, True), ("both", True, True)],
+)
+def test_a_tagger_sees_what_it_reads_alone(reads, sees_before, sees_after):
+    torch.manual_seed(0)
+    model = tagging.Tagger("gru" if reads else "", reads, 12)
+    shown = [[4, 5, 6, 0], [7, 5, 6, 0], [4, 5, 8, 0]]
+    answers = model(torch.tensor(shown), torch.tensor([3, 3, 3]))[:, 1]
+    assert torch.allclose(answers[0], answers[1], atol=1e-6) != sees_before
+    assert torch.allclose(answers[0], answers[2], atol=1e-6) != sees_after
 
 
 def test_counted_models_by_hand():
