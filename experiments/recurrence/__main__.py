@@ -12,7 +12,7 @@ from pathlib import Path
 from captioner.cli import HelpFormatter, Parser, command
 from captioner.errors import CaptionerError
 from captioner.progress import log_line
-from experiments.recurrence import gradients, memory, sequences, tagging, unshuffle
+from experiments.recurrence import gates, gradients, memory, sequences, tagging, unshuffle
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cost import cost, draw_cost
 from experiments.recurrence.starts import captioning_starts, draw_captioning_starts
@@ -82,6 +82,12 @@ STUDIES: dict[str, Study] = {
         memory.draw_adding,
         ("remedy", "length"),
         ("solved", "steps", "error"),
+    ),
+    "gates": Study(
+        gates.gates,
+        gates.draw_gates,
+        ("model",),
+        ("solved", "batches", "error", "perplexity", "weights"),
     ),
     "truncation": Study(
         memory.truncation, memory.draw_truncation, ("cell", "window", "span"), ("accuracy",)

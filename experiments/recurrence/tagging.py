@@ -17,7 +17,8 @@ from experiments.recurrence.study import Record, Setting, batch_of, groups, trai
 # What nouns stand for, 1 to 3; 0 is no noun of these. Common nouns of the training captions.
 NOUNS = (
     "man woman boy girl child baby kid toddler person player lady guy men women boys girls "
-    "children people kids players couple crowd group team biker skier surfer snowboarder rider climber",
+    "children people kids players couple crowd group team biker skier surfer snowboarder rider "
+    "climber",
     "dog dogs puppy cat horse horses bird birds animal animals cow sheep",
     "ball stick toy frisbee rope rock tree bench bike bicycle motorcycle skateboard snowboard "
     "surfboard car boat slide swing fence wall shirt jacket hat dress hair pants shorts helmet "

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from captioner.models.recurrent import RecurrentStack
-from experiments.recurrence import gradients, memory, sequences, tagging, unshuffle
+from experiments.recurrence import gates, gradients, memory, sequences, tagging, unshuffle
 from experiments.recurrence.__main__ import STUDIES, main
 from experiments.recurrence.study import Setting, fit, table, write_page
 
@@ -26,7 +26,7 @@ GENERATED = [
 ]
 OF_CAPTIONS = [
     *("one_to_one", "many_to_one", "unshuffle", "reversal", "tagging", "next_word"),
-    *("captioning", "captioning_starts"),
+    *("gates", "captioning", "captioning_starts"),
 ]
 
 
@@ -104,6 +104,44 @@ def test_reversed_rows_are_as_they_were_read_but_backwards():
         assert answers[row, :n].tolist() == token_ids[row, :n].tolist()[::-1]
         assert sorted(answers[row, :n].tolist()) == sorted(captions[row])
         assert not answers[row, n:].any()
+
+
+@pytest.mark.parametrize("name", gates.VARIANTS)
+def test_variants_follow_their_equations(name):
+    """Against steps by hand; the gate that is fixed keeps its number after training."""
+    torch.manual_seed(0)
+    stack = gates.make_variant(name, 3, 4, sequences=True)
+    x = torch.randn(2, 5, 3)
+    optimizer = torch.optim.Adam(stack.parameters(), lr=0.1)
+    fit(stack, lambda _: (stack(x) - 0.3).square().mean(), 3, optimizer)
+    cell, change = gates.VARIANTS[name]
+    input_weight, input_bias, weight, bias = stack.layer_weights()[0]
+    h = c = torch.zeros(2, 4)
+    for t in range(5):
+        from_input, from_hidden = x[:, t] @ input_weight.T + input_bias, h @ weight.T + bias
+        parts = [(p.chunk(4 if cell == "lstm" else 3, 1)) for p in (from_input, from_hidden)]
+        openings = [torch.sigmoid(a + b) for a, b in zip(*parts, strict=True)]
+        if isinstance(change, tuple):
+            fixed = {gates.OPEN: 1.0, gates.HALF: 0.5, gates.CLOSED: 0.0}[change[1]]
+            openings[change[0]] = torch.full((2, 4), fixed)
+        if change == "coupled":
+            openings[1] = 1 - openings[0]
+        if cell == "lstm":
+            c = openings[1] * c + openings[0] * torch.tanh(parts[0][2] + parts[1][2])
+            h = openings[3] * (c if change == "linear output" else torch.tanh(c))
+        else:
+            n = torch.tanh(parts[0][2] + openings[0] * parts[1][2])
+            h = (1 - openings[1]) * n + openings[1] * h
+        torch.testing.assert_close(stack(x)[:, t], h, rtol=0, atol=1e-5)
+
+
+def test_weights_that_are_not_trained_are_not_counted():
+    sizes = {
+        name: gates.trained_weights(gates.make_variant(name, 2, 64)) for name in gates.VARIANTS
+    }
+    assert sizes["lstm"] == sizes["lstm, no tanh after c"] == 4 * 64 * (2 + 64 + 2)
+    assert sizes["lstm, output gate 1"] == sizes["lstm, forget = 1 - input"] == sizes["gru"]
+    assert sizes["gru, reset gate 1"] == 2 * 64 * (2 + 64 + 2)
 
 
 def test_tags_by_hand():
