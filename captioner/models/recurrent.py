@@ -6,6 +6,7 @@ Single steps are taken from the same weights by the equations of ``models.recurr
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ class Unrolled:
         states: For each layer its state at each step, h or h and c, (rows, H) each, as the graph
             holds them.
         gates: For each layer its gate activations by name, (rows, T, H): see ``CELL_STEPS``.
+
+    Of a bidirectional stack as ``RecurrentStack`` says; ``states`` and ``gates`` have the two
+    directions of each layer one after the other, and their steps in the order of reading.
     """
 
     outputs: Tensor
@@ -54,6 +58,13 @@ class Unrolled:
 class RecurrentStack(nn.Module):
     """Recurrent layers on top of each other, over whole sequences; the weights are those of torch.
 
+    A bidirectional stack (Schuster and Paliwal 1997) has a second recurrence in each layer, which
+    reads from the last real step to the first; the next layer reads the h of both side by side.
+    As with Keras' ``Bidirectional``, which concatenates: outputs are 2H wide, forward before
+    backward, and the last h is that of each direction where it ends, at the last step and at the
+    first. States are (2L, rows, H), the two directions of each layer one after the other. As it
+    reads from the end, it can't take single steps, and no window can be cut.
+
     Args:
         cell: One of ``CELLS``.
         input_size: D, width of the input of the first layer.
@@ -64,6 +75,7 @@ class RecurrentStack(nn.Module):
         return_state: As in Keras: return the last state too.
         initialisation: Of the recurrent weights, one of ``INITIALISATIONS``.
         forget_bias: What the bias of the LSTM's forget gate begins with.
+        bidirectional: Read in both directions.
 
     Attributes:
         fused: torch.nn's module.
@@ -80,11 +92,13 @@ class RecurrentStack(nn.Module):
         return_state: bool = False,
         initialisation: str = "orthogonal",
         forget_bias: float = 1.0,
+        bidirectional: bool = False,
     ) -> None:
         super().__init__()
         self.cell, self.hidden_size = cell, hidden_size
+        self.directions = ("", "_reverse") if bidirectional else ("",)  # as torch names weights
         self.return_sequences, self.return_state = return_sequences, return_state
-        self.fused = _fused_module(cell, input_size, hidden_size, layers, dropout)
+        self.fused = _fused_module(cell, input_size, hidden_size, layers, dropout, bidirectional)
         for input_weight, input_bias, weight, bias in self.layer_weights():
             initialise_gates(input_weight, hidden_size, nn.init.xavier_uniform_)
             initialise_bias(input_bias, cell, hidden_size, forget_bias)
@@ -96,21 +110,36 @@ class RecurrentStack(nn.Module):
         """How many layers."""
         return self.fused.num_layers
 
+    @property
+    def output_size(self) -> int:
+        """Width of the output: H, or 2H in both directions."""
+        return len(self.directions) * self.hidden_size
+
     def layer_weights(self) -> list[tuple[Tensor, ...]]:
-        """Return of each layer W_x (gates * H, D), its bias, W_h (gates * H, H) and its bias."""
+        """Return of each layer W_x (gates * H, D), its bias, W_h (gates * H, H) and its bias.
+
+        The two directions of a layer come one after the other.
+        """
         names = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
         return [
-            tuple(getattr(self.fused, f"{name}_l{number}") for name in names)
+            tuple(getattr(self.fused, f"{name}_l{number}{direction}") for name in names)
             for number in range(self.depth)
+            for direction in self.directions
         ]
 
     def project(self, x: Tensor) -> Tensor:
-        """Return W_x x + b of the first layer: (…, D) gives (…, gates * H)."""
+        """Return W_x x + b of the first layer, for ``step``: (…, D) gives (…, gates * H)."""
         weight, bias, *_ = self.layer_weights()[0]
         return linear(x, weight, bias)
 
     def step(self, projected: Tensor, state: State, recurrent_dropout: Layer = KEEP_ALL) -> State:
-        """Take one step by the equations: see ``step_layers``."""
+        """Take one step by the equations: see ``step_layers``.
+
+        Raises:
+            ValueError: The stack is bidirectional.
+        """
+        if len(self.directions) > 1:
+            raise ValueError("a bidirectional stack takes no single steps: it reads from the end")
         weights = self.layer_weights()
         return step_layers(
             self.cell,
@@ -156,7 +185,11 @@ class RecurrentStack(nn.Module):
         Returns:
             h of the top layer: (rows, T, H) with ``return_sequences``, else (rows, H). With
             ``return_state`` also the last state.
+
+        Raises:
+            ValueError: A bidirectional stack is given a ``bptt_window``.
         """
+        self._check_window(bptt_window)
         window = bptt_window or x.shape[1]
         outputs = []
         for start in range(0, x.shape[1], window):
@@ -166,7 +199,8 @@ class RecurrentStack(nn.Module):
             outputs.append(window_output)
         assert state is not None
         whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-        output = whole if self.return_sequences else state[0][-1]
+        last = state[0][-len(self.directions) :].transpose(0, 1).flatten(1)
+        output = whole if self.return_sequences else last
         return (output, state) if self.return_state else output
 
     def _run_window(
@@ -180,7 +214,7 @@ class RecurrentStack(nn.Module):
         # The rows that have steps left, the longest first.
         active = lengths.argsort(descending=True)[: int((lengths > 0).sum())]
         if not len(active):
-            return x.new_zeros((*x.shape[:2], self.hidden_size)), state
+            return x.new_zeros((*x.shape[:2], self.output_size)), state
         steps = lengths[active].clamp(max=x.shape[1]).cpu()
         packed = pack_padded_sequence(x[active], steps, batch_first=True)
         hidden, new = self._run_fused(
@@ -213,14 +247,21 @@ class RecurrentStack(nn.Module):
                 self.depth,
                 self.fused.dropout,
                 self.training,
-                False,  # one direction
+                self.fused.bidirectional,
                 *batch_first,
             )
         return output, tuple(new)
 
     def _zeros(self, x: Tensor) -> State:
-        zeros = x.new_zeros((self.depth, len(x), self.hidden_size))
+        zeros = x.new_zeros((self.depth * len(self.directions), len(x), self.hidden_size))
         return (zeros,) * states_per_layer(self.cell)
+
+    def _check_window(self, bptt_window: int) -> None:
+        if bptt_window and len(self.directions) > 1:
+            raise ValueError(
+                f"bptt_window={bptt_window} can't cut a bidirectional stack, which reads from the "
+                "end as well"
+            )
 
     def unroll(
         self,
@@ -234,20 +275,30 @@ class RecurrentStack(nn.Module):
         It computes what ``forward`` computes, output and gradient, from the same weights; slower,
         but everything in between can be seen. Arguments are those of ``forward``.
         """
+        self._check_window(bptt_window)
         initial = self._zeros(x) if state is None else state
         states: list[list[State]] = []
         gates: list[dict[str, Tensor]] = []
-        for number, weights in enumerate(self.layer_weights()):
-            if number:
+        weights = self.layer_weights()
+        for layer in range(self.depth):
+            if layer:
                 x = nn.functional.dropout(x, self.fused.dropout, self.training)
-            layer_state = tuple(part[number] for part in initial)
-            steps, layer_gates = self._unroll_layer(x, layer_state, weights, lengths, bptt_window)
-            x = torch.stack([state[0] for state in steps], 1)
+            outputs = []
+            for direction in self.directions:
+                place = len(states)
+                layer_state = tuple(part[place] for part in initial)
+                read = reverse_rows(x, lengths) if direction else x
+                steps, layer_gates = self._unroll_layer(
+                    read, layer_state, weights[place], lengths, bptt_window
+                )
+                h = torch.stack([state[0] for state in steps], 1)
+                outputs.append(reverse_rows(h, lengths) if direction else h)
+                states.append(steps)
+                gates.append(layer_gates)
+            x = torch.cat(outputs, 2)
             if lengths is not None:
                 beyond = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
                 x = x.masked_fill(beyond.unsqueeze(2), 0.0)
-            states.append(steps)
-            gates.append(layer_gates)
         last = tuple(torch.stack(parts) for parts in zip(*(s[-1] for s in states), strict=True))
         return Unrolled(x, last, states, gates)
 
@@ -280,6 +331,16 @@ class RecurrentStack(nn.Module):
         return states, stacked
 
 
+def reverse_rows(x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Reverse the real steps of each row, (rows, T, …); what follows them stays where it is."""
+    if lengths is None:
+        return x.flip(1)
+    places = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
+    ends = lengths.to(x.device).unsqueeze(1)
+    places = torch.where(places < ends, ends - 1 - places, places)
+    return x[torch.arange(len(x), device=x.device).unsqueeze(1), places]
+
+
 def _fused_dtype(weight: Tensor) -> torch.dtype:
     """Return in which dtype the kernels compute: autocast's on the CPU, else the weights'.
 
@@ -291,13 +352,16 @@ def _fused_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _fused_module(
-    cell: str, input_size: int, hidden_size: int, layers: int, dropout: float
+    cell: str, input_size: int, hidden_size: int, layers: int, dropout: float, bidirectional: bool
 ) -> nn.RNNBase:
-    sizes = (input_size, hidden_size, layers)
-    dropout = dropout if layers > 1 else 0.0
+    options: dict[str, Any] = {
+        "batch_first": True,
+        "dropout": dropout if layers > 1 else 0.0,
+        "bidirectional": bidirectional,
+    }
     if cell == "lstm":
-        return nn.LSTM(*sizes, batch_first=True, dropout=dropout)
+        return nn.LSTM(input_size, hidden_size, layers, **options)
     if cell == "gru":
-        return nn.GRU(*sizes, batch_first=True, dropout=dropout)
-    activation = cell.removeprefix("rnn_")
-    return nn.RNN(*sizes, nonlinearity=activation, batch_first=True, dropout=dropout)
+        return nn.GRU(input_size, hidden_size, layers, **options)
+    options["nonlinearity"] = cell.removeprefix("rnn_")
+    return nn.RNN(input_size, hidden_size, layers, **options)

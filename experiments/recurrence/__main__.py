@@ -12,7 +12,7 @@ from pathlib import Path
 from captioner.cli import HelpFormatter, Parser, command
 from captioner.errors import CaptionerError
 from captioner.progress import log_line
-from experiments.recurrence import gradients, memory, sequences, unshuffle
+from experiments.recurrence import gates, gradients, memory, sequences, tagging, unshuffle
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cost import cost, draw_cost
 from experiments.recurrence.course import course
@@ -37,6 +37,17 @@ STUDIES: dict[str, Study] = {
         unshuffle.unshuffle,
         right_place="share of words at their place",
         whole_captions="share of captions in order",
+    ),
+    "reversal": _of_models(
+        unshuffle.reversal,
+        right_place="share of words at their place",
+        whole_captions="share of captions in reverse",
+    ),
+    "tagging": _of_models(
+        tagging.tagging,
+        accuracy="share of words, both kinds",
+        before="share of words, noun before",
+        after="share of words, noun after",
     ),
     "next_word": _of_models(sequences.next_word, perplexity="perplexity, words"),
     "time_series": Study(
@@ -65,6 +76,12 @@ STUDIES: dict[str, Study] = {
         memory.draw_adding,
         ("remedy", "length"),
         ("rate", "solved", "died", "steps_if_solved", "error"),
+    ),
+    "gates": Study(
+        gates.gates,
+        gates.draw_gates,
+        ("model",),
+        ("solved", "batches", "error", "perplexity", "weights"),
     ),
     "truncation": Study(
         memory.truncation, memory.draw_truncation, ("cell", "window", "span"), ("accuracy",)

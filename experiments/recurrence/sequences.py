@@ -163,17 +163,22 @@ def _shuffle(caption: Sequence[int], random: np.random.Generator) -> list[int]:
 # --- many to many, in step ------------------------------------------------------------------------
 
 
-class _LanguageModel(nn.Module):
-    """Predicts the next word after each word; without a cell it knows the last word alone."""
+class LanguageModel(nn.Module):
+    """Predicts the next word after each word.
 
-    def __init__(self, cell: str, vocabulary_size: int, width: int = 128) -> None:
+    Args:
+        hidden: Makes what stands between word vectors and output, of their width twice: a
+            recurrence, or what knows the last word alone.
+        vocabulary_size: Of the captions.
+        width: Of both.
+    """
+
+    def __init__(
+        self, hidden: Callable[[int, int], nn.Module], vocabulary_size: int, width: int = 128
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, width, padding_idx=PAD)
-        self.hidden: nn.Module = (
-            RecurrentStack(cell, width, width, return_sequences=True)
-            if cell
-            else nn.Sequential(nn.Linear(width, width), nn.ReLU())
-        )
+        self.hidden = hidden(width, width)
         self.output = nn.Linear(width, vocabulary_size)
 
     def loss(self, token_ids: Tensor, reduction: str = "mean") -> Tensor:
@@ -191,35 +196,54 @@ def next_word(setting: Setting) -> list[Record]:
     The unigram and bigram models count (the bigram is mixed with the unigram, weight 0.8); the
     feed-forward one learns from the last word alone.
     """
-    train, val, vocabulary = load_captions(setting)
-    captions, held_out = (
-        [[BOS, *caption, EOS] for caption in split.flat] for split in (train, val)
-    )
-    held_out = sorted(held_out[: setting.pick(5000, 50)], key=len)
-    size = len(vocabulary)
+    captions, held_out, size = language_captions(setting, setting.pick(5000, 50))
     models: dict[str, Callable[[], nn.Module]] = {
-        "feed-forward": partial(_LanguageModel, "", size),
-        **{cell: partial(_LanguageModel, cell, size) for cell in CELLS},
+        "feed-forward": partial(LanguageModel, _last_word, size),
+        **{
+            cell: partial(LanguageModel, partial(RecurrentStack, cell, return_sequences=True), size)
+            for cell in CELLS
+        },
     }
-    tokens = sum(len(caption) - 1 for caption in held_out)
 
     def loss_of(model: nn.Module, random: np.random.Generator) -> Tensor:
-        assert isinstance(model, _LanguageModel)
+        assert isinstance(model, LanguageModel)
         rows = [captions[i] for i in batch_of(len(captions), random, 64)]
         return model.loss(pad_rows(rows)[0])
 
     def scores_of(model: nn.Module) -> dict[str, float]:
-        assert isinstance(model, _LanguageModel)
-        parts = [held_out[i : i + 250] for i in range(0, len(held_out), 250)]
-        total = sum(float(model.loss(pad_rows(part)[0], "sum")) for part in parts)
-        return {"perplexity": math.exp(total / tokens)}
+        assert isinstance(model, LanguageModel)
+        return {"perplexity": perplexity(model, held_out)}
 
     records: list[Record] = [
-        {"model": name, "seed": 0, "parameters": None, "perplexity": perplexity}
-        for name, perplexity in count_perplexities(captions, held_out, size).items()
+        {"model": name, "seed": 0, "parameters": None, "perplexity": counted}
+        for name, counted in count_perplexities(captions, held_out, size).items()
     ]
     steps = setting.pick(2 * len(captions) // 64, 5)
     return records + train_models("next_word", setting, models, loss_of, scores_of, steps)
+
+
+def _last_word(width: int, units: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, units), nn.ReLU())
+
+
+def language_captions(setting: Setting, most: int) -> tuple[list[list[int]], list[list[int]], int]:
+    """Return captions from BOS to EOS, to train and (so many) to test, and the vocabulary's size.
+
+    Those to test are sorted by length.
+    """
+    train, val, vocabulary = load_captions(setting)
+    captions, held_out = (
+        [[BOS, *caption, EOS] for caption in split.flat] for split in (train, val)
+    )
+    return captions, sorted(held_out[:most], key=len), len(vocabulary)
+
+
+def perplexity(model: LanguageModel, held_out: Sequence[list[int]]) -> float:
+    """Return the perplexity of captions from BOS to EOS, sorted by length."""
+    tokens = sum(len(caption) - 1 for caption in held_out)
+    parts = [list(held_out[i : i + 250]) for i in range(0, len(held_out), 250)]
+    total = sum(float(model.loss(pad_rows(part)[0], "sum")) for part in parts)
+    return math.exp(total / tokens)
 
 
 def count_perplexities(

@@ -1,4 +1,4 @@
-"""Many to many, out of step: shuffled captions are put in order by an encoder and a decoder."""
+"""Many to many, out of step: an encoder reads words, a decoder names them in another order."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner.data.vocabulary import BOS, PAD
-from captioner.models.recurrent import RecurrentStack
+from captioner.models.recurrent import RecurrentStack, reverse_rows
 from captioner.models.recurrent_cells import CELLS, states_per_layer
 from experiments.recurrence.captions import load_captions, pad_rows
 from experiments.recurrence.pictures import Record
@@ -106,14 +106,38 @@ def unshuffle(setting: Setting) -> list[Record]:
     are easier: fewer are left. The feed-forward model knows which words there are and which place
     is to be filled, but not what it named before.
     """
+    return _train_to_order("unshuffle", setting, shuffled_rows, "as shuffled")
+
+
+def reversal(setting: Setting) -> list[Record]:
+    """Many to many, where the input's order is all: words in any order, named in reverse.
+
+    The words of captions of 5 to 9 words are read in an order drawn anew each time, and must be
+    named from the last to the first: the encoder and decoder of the study above, the same words,
+    the same budget. No habit of language helps here, only what the encoder keeps of the order. A
+    bag of words is the same whichever order was read, so that it can only guess which of the words
+    that are left is next: however it is trained, it is right as often as a random order is. With n
+    words that differ, one order in n! is right, and one place in n.
+    """
+    return _train_to_order("reversal", setting, reversed_rows, "as read")
+
+
+# Captions; shuffled, their lengths, and where the words of the answer stand in them.
+Rows = Callable[
+    [Sequence[Sequence[int]], np.random.Generator],
+    tuple[Tensor, Tensor, Tensor],
+]
+
+
+def _train_to_order(name: str, setting: Setting, rows_of: Rows, as_shown: str) -> list[Record]:
+    """Train encoders and decoders to name words in the order that ``rows_of`` asks for."""
     train, val, vocabulary = load_captions(setting)
     captions, held_out = (
         [caption for caption in split.flat if 5 <= len(caption) <= 9] for split in (train, val)
     )
     held_out = held_out[: setting.pick(1500, 40)]
-    fixed = np.random.default_rng(0)
-    shown, lengths, _ = shuffled_rows(held_out, fixed)
-    truth, _ = pad_rows(held_out)
+    shown, lengths, order = rows_of(held_out, np.random.default_rng(0))
+    truth = shown.gather(1, order)
     size = len(vocabulary)
     models: dict[str, Callable[[], nn.Module]] = {
         "feed-forward": partial(Unshuffler, "bag", "", size),
@@ -124,7 +148,7 @@ def unshuffle(setting: Setting) -> list[Record]:
     def loss_of(model: nn.Module, random: np.random.Generator) -> Tensor:
         assert isinstance(model, Unshuffler)
         return model.loss(
-            *shuffled_rows([captions[i] for i in batch_of(len(captions), random, 128)], random)
+            *rows_of([captions[i] for i in batch_of(len(captions), random, 128)], random)
         )
 
     def scores_of(model: nn.Module) -> dict[str, float]:
@@ -132,10 +156,9 @@ def unshuffle(setting: Setting) -> list[Record]:
         return _order_scores(model.order(shown, lengths), truth)
 
     records: list[Record] = [
-        {"model": "as shuffled", "seed": 0, "parameters": 0, **_order_scores(shown, truth)}
+        {"model": as_shown, "seed": 0, "parameters": 0, **_order_scores(shown, truth)}
     ]
-    steps = setting.pick(800, 5)
-    return records + train_models("unshuffle", setting, models, loss_of, scores_of, steps)
+    return records + train_models(name, setting, models, loss_of, scores_of, setting.pick(800, 5))
 
 
 def shuffled_rows(
@@ -152,6 +175,14 @@ def shuffled_rows(
     for row, order in enumerate(orders):
         places[row, : len(order)] = torch.from_numpy(np.argsort(order))
     return token_ids, lengths, places
+
+
+def reversed_rows(
+    captions: Sequence[Sequence[int]], random: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return shuffled captions (rows, n), lengths (rows,) and their places in reverse (rows, n)."""
+    token_ids, lengths, order = shuffled_rows(captions, random)
+    return token_ids, lengths, reverse_rows(order.sort(1).values, lengths)
 
 
 def _order_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:

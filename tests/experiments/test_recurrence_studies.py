@@ -14,7 +14,7 @@ from torch import nn
 
 from captioner.metrics.report import new_figure, save_figure
 from captioner.models.recurrent import RecurrentStack
-from experiments.recurrence import gradients, memory, sequences, unshuffle
+from experiments.recurrence import gates, gradients, memory, sequences, tagging, unshuffle
 from experiments.recurrence.__main__ import STUDIES, main
 from experiments.recurrence.pictures import COLOURS, GREY, colour_of, draw_dots
 from experiments.recurrence.study import HERE, Setting, fit, table, write_page
@@ -27,7 +27,8 @@ GENERATED = [
     *("truncation", "cost"),
 ]
 OF_CAPTIONS = [
-    *("one_to_one", "many_to_one", "unshuffle", "next_word", "captioning", "captioning_starts"),
+    *("one_to_one", "many_to_one", "unshuffle", "reversal", "tagging", "next_word"),
+    *("gates", "captioning", "captioning_starts"),
 ]
 
 
@@ -110,6 +111,80 @@ def test_unshuffling_says_each_word_once_and_learns_what_it_is_trained_for(encod
     said = model.order(*rows[:2])
     assert [sorted(row.tolist()) for row in said] == [sorted(row.tolist()) for row in rows[0]]
     assert [row[: len(c)].tolist() for row, c in zip(said, captions, strict=True)] == captions
+
+
+def test_reversed_rows_are_as_they_were_read_but_backwards():
+    captions = [[4, 5, 6, 7], [8, 9], [5, 5, 4]]
+    token_ids, lengths, order = unshuffle.reversed_rows(captions, np.random.default_rng(0))
+    answers = token_ids.gather(1, order)
+    for row, n in enumerate(lengths.tolist()):
+        assert answers[row, :n].tolist() == token_ids[row, :n].tolist()[::-1]
+        assert sorted(answers[row, :n].tolist()) == sorted(captions[row])
+        assert not answers[row, n:].any()
+
+
+@pytest.mark.parametrize("name", gates.VARIANTS)
+def test_variants_follow_their_equations(name):
+    """Against steps by hand; the gate that is fixed keeps its number after training."""
+    torch.manual_seed(0)
+    stack = gates.make_variant(name, 3, 4, sequences=True)
+    x = torch.randn(2, 5, 3)
+    optimizer = torch.optim.Adam(stack.parameters(), lr=0.1)
+    fit(stack, lambda _: (stack(x) - 0.3).square().mean(), 3, optimizer)
+    cell, change = gates.VARIANTS[name]
+    input_weight, input_bias, weight, bias = stack.layer_weights()[0]
+    h = c = torch.zeros(2, 4)
+    for t in range(5):
+        from_input, from_hidden = x[:, t] @ input_weight.T + input_bias, h @ weight.T + bias
+        parts = [(p.chunk(4 if cell == "lstm" else 3, 1)) for p in (from_input, from_hidden)]
+        openings = [torch.sigmoid(a + b) for a, b in zip(*parts, strict=True)]
+        if isinstance(change, tuple):
+            fixed = {gates.OPEN: 1.0, gates.HALF: 0.5, gates.CLOSED: 0.0}[change[1]]
+            openings[change[0]] = torch.full((2, 4), fixed)
+        if change == "coupled":
+            openings[1] = 1 - openings[0]
+        if cell == "lstm":
+            c = openings[1] * c + openings[0] * torch.tanh(parts[0][2] + parts[1][2])
+            h = openings[3] * (c if change == "linear output" else torch.tanh(c))
+        else:
+            n = torch.tanh(parts[0][2] + openings[0] * parts[1][2])
+            h = (1 - openings[1]) * n + openings[1] * h
+        torch.testing.assert_close(stack(x)[:, t], h, rtol=0, atol=1e-5)
+
+
+def test_weights_that_are_not_trained_are_not_counted():
+    sizes = {
+        name: gates.trained_weights(gates.make_variant(name, 2, 64)) for name in gates.VARIANTS
+    }
+    assert sizes["lstm"] == sizes["lstm, no tanh after c"] == 4 * 64 * (2 + 64 + 2)
+    assert sizes["lstm, output gate 1"] == sizes["lstm, forget = 1 - input"] == sizes["gru"]
+    assert sizes["gru, reset gate 1"] == 2 * 64 * (2 + 64 + 2)
+
+
+def test_tags_by_hand():
+    """A (0) dog (2) chases (0) a (0) man (1) here (0)."""
+    tags = tagging.tag_of_words([0, 2, 0, 0, 1, 0])
+    assert [divmod(tag, 4) for tag in tags] == [(0, 2), (0, 1), (2, 1), (2, 1), (2, 0), (1, 0)]
+
+
+def test_the_bound_of_forward_readers_by_hand():
+    """Of three words after "4" two have tag 1; the word "4" itself has tag 2 twice, 3 once."""
+    captions = [[4, 5], [4, 5], [4, 5], [6]]
+    tags = torch.tensor([[2, 1], [2, 1], [3, 0], [0, -100]])
+    assert tagging.best_of_beginnings(captions, tags) == pytest.approx(5 / 7)
+
+
+@pytest.mark.parametrize(
+    ("reads", "sees_before", "sees_after"),
+    [("", False, False), ("forward", True, False), ("backward", False, True), ("both", True, True)],
+)
+def test_a_tagger_sees_what_it_reads_alone(reads, sees_before, sees_after):
+    torch.manual_seed(0)
+    model = tagging.Tagger("gru" if reads else "", reads, 12)
+    shown = [[4, 5, 6, 0], [7, 5, 6, 0], [4, 5, 8, 0]]
+    answers = model(torch.tensor(shown), torch.tensor([3, 3, 3]))[:, 1]
+    assert torch.allclose(answers[0], answers[1], atol=1e-6) != sees_before
+    assert torch.allclose(answers[0], answers[2], atol=1e-6) != sees_after
 
 
 def test_counted_models_by_hand():

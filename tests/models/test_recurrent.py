@@ -43,8 +43,9 @@ def make(cell: str, layers: int = 1, dtype: torch.dtype = torch.float64, **setti
 def start_of(stack: RecurrentStack, rows: int = 3, seed: int = 5):
     dtype = stack.fused.weight_hh_l0.dtype
     generator = torch.Generator().manual_seed(seed)
+    layers = stack.depth * len(stack.directions)
     return tuple(
-        torch.randn(stack.depth, rows, 7, dtype=dtype, generator=generator, requires_grad=True)
+        torch.randn(layers, rows, 7, dtype=dtype, generator=generator, requires_grad=True)
         for _ in range(states_per_layer(stack.cell))
     )
 
@@ -71,9 +72,10 @@ def gradients(outputs, state, wanted):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "padded"])
+@pytest.mark.parametrize("both", [False, True], ids=["forward", "bidirectional"])
 @pytest.mark.parametrize(("cell", "layers"), list(product(CELLS, [1, 2])))
-def test_reference_equals_fused_in_output_and_gradient(cell, layers, lengths, dtype):
-    stack, x = make(cell, layers, dtype), input_of(dtype)
+def test_reference_equals_fused_in_output_and_gradient(cell, layers, both, lengths, dtype):
+    stack, x = make(cell, layers, dtype, bidirectional=both), input_of(dtype)
     start = start_of(stack)
     outputs, state = stack(x, start, lengths)
     seen = stack.unroll(x, start, lengths)
@@ -174,6 +176,73 @@ def test_dropout_lies_between_layers_and_only_in_training():
         assert not torch.equal(layers.step(projected, state)[1], layers.step(projected, state)[1])
         layers.eval()
         assert torch.equal(layers.step(projected, state)[1], layers.step(projected, state)[1])
+
+
+# --- in both directions -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("cell", "layers"), list(product(CELLS, [1, 2])))
+def test_a_bidirectional_stack_is_torchs(cell, layers, padded):
+    """Output, state and gradient, where rows are padded against each row alone."""
+    stack, x = make(cell, layers, bidirectional=True), input_of(torch.float64)
+    assert isinstance(stack.fused, torch.nn.RNNBase)
+    assert stack.fused.bidirectional
+    start = start_of(stack)
+    lengths = LENGTHS if padded else torch.tensor([6, 6, 6])
+    outputs, states = [], []
+    for row, length in enumerate(lengths.tolist()):
+        begin = tuple(part[:, row : row + 1].contiguous() for part in start)
+        output, state = stack.fused(
+            x[row : row + 1, :length], begin if cell == "lstm" else begin[0]
+        )
+        outputs.append(torch.nn.functional.pad(output, (0, 0, 0, 6 - length)))
+        states.append(state if cell == "lstm" else (state,))
+    expected = torch.cat(outputs), [torch.cat(parts, 1) for parts in zip(*states, strict=True)]
+    found = stack(x, start, LENGTHS if padded else None)
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(found[0], expected[0], **close)
+    torch.testing.assert_close(list(found[1]), expected[1], **close)
+    wanted = [x, *start, *stack.parameters()]
+    pairs = zip(gradients(*found, wanted), gradients(*expected, wanted), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+def test_a_bidirectional_stack_ends_at_both_ends():
+    """As in Keras: the last h is the forward one at the last step, the backward one at step 0."""
+    x = input_of(torch.float64)
+    stack = make("gru", 2, bidirectional=True)
+    whole, (state,) = stack(x, lengths=LENGTHS)
+    assert whole.shape == (3, 6, 14)
+    assert stack.output_size == 14
+    assert state.shape == (4, 3, 7)
+    assert not whole[1, 2:].any()
+    stack.return_sequences = stack.return_state = False
+    last = stack(x, lengths=LENGTHS)
+    ends = torch.stack([whole[row, length - 1, :7] for row, length in enumerate(LENGTHS)])
+    torch.testing.assert_close(last[:, :7], ends)
+    torch.testing.assert_close(last[:, 7:], whole[:, 0, 7:])
+    forward, backward = stack.unroll(x, lengths=LENGTHS).states[2:]
+    torch.testing.assert_close(torch.cat([forward[-1][0], backward[-1][0]], 1), last)
+
+
+def test_what_follows_is_seen_in_both_directions_alone():
+    x = input_of(torch.float64)
+    other = torch.cat([x[:, :-1], x[:, -1:] + 1], 1)
+    for both in (False, True):
+        stack = make("lstm", bidirectional=both)
+        same = torch.allclose(stack(x)[0][:, 0], stack(other)[0][:, 0], rtol=0, atol=1e-9)
+        assert same != both
+
+
+def test_what_a_bidirectional_stack_cannot_do_is_an_error():
+    stack, x = make("gru", bidirectional=True), input_of(torch.float64)
+    for run in (stack, stack.unroll):
+        with pytest.raises(ValueError, match="bptt_window=2 can't cut a bidirectional stack"):
+            run(x, bptt_window=2)
+    with pytest.raises(ValueError, match="takes no single steps"):
+        stack.step(stack.project(x[:, 0]), (torch.zeros(3, 7),) * 2)
 
 
 # --- bfloat16 -----------------------------------------------------------------------------------
