@@ -14,18 +14,17 @@ from torch.nn.utils import parametrize
 
 from captioner.metrics.report import new_figure
 from captioner.models.recurrent import RecurrentStack
-from captioner.models.recurrent_cells import CELL_STEPS, Gates, State
+from captioner.models.recurrent_cells import CELL_STEPS, GATE_COUNTS, Gates, State
 from captioner.progress import progress_iter
 from experiments.recurrence.captions import pad_rows
 from experiments.recurrence.memory import SOLVED, adding_problem
+from experiments.recurrence.pictures import Record, draw_dots
 from experiments.recurrence.sequences import LanguageModel, language_captions, perplexity
 from experiments.recurrence.study import (
     History,
     LastStep,
-    Record,
     Setting,
     batch_of,
-    draw_bars,
     fit,
 )
 
@@ -118,8 +117,8 @@ def make_variant(name: str, input_size: int, units: int, sequences: bool = False
 def trained_weights(stack: RecurrentStack) -> int:
     """Return how many weights of a variant are trained."""
     total = sum(parameter.numel() for parameter in stack.parameters())
-    gates = len(stack.fused.bias_ih_l0) // stack.hidden_size
-    return total - total // gates if parametrize.is_parametrized(stack.fused) else total
+    count = GATE_COUNTS[stack.cell]
+    return total - total // count if parametrize.is_parametrized(stack.fused) else total
 
 
 def gates(setting: Setting) -> list[Record]:
@@ -190,7 +189,7 @@ def draw_gates(records: Sequence[Record]) -> Any:
     labels = {"error": "adding 50 steps: mean squared error", "perplexity": "next word: perplexity"}
     for place, (name, label) in enumerate(labels.items()):
         axes = figure.add_subplot(1, 2, place + 1)
-        draw_bars(axes, records, "model", name, label)
+        draw_dots(axes, records, "model", name, label)
         if name == "error":
             axes.axvline(1 / 6, color="0.3", linestyle=":", linewidth=0.9)
             axes.text(1 / 6, -0.6, "always 1", ha="center", fontsize="x-small", color="0.3")

@@ -112,6 +112,9 @@ def draw_dots(axes: Any, records: Sequence[Record], by: str, y: str, label: str 
     for place, ((name,), of_row) in enumerate(rows.items()):
         colour, middle = colour_of(name), mean(of_row, y)
         beside = {"va": "center", "transform": axes.get_yaxis_transform()}
+        if math.isnan(middle):  # it wasn't measured of this one
+            axes.text(1.02, place, "-", **beside)
+            continue
         axes.text(1.02, place, format_number(middle), **beside)
         if not low <= middle <= high:
             end, side = (0.0, "left") if middle < low else (1.0, "right")

@@ -115,8 +115,7 @@ def tagging(setting: Setting) -> list[Record]:
         return cross_entropy(scores, _tag_rows(rows, kinds).flatten(), ignore_index=IGNORED)
 
     def scores_of(model: nn.Module) -> dict[str, float]:
-        weights = 0 if model.stack is None else sum(p.numel() for p in model.stack.parameters())
-        return {**_tag_scores(model(*shown).argmax(2), truth), "recurrent_weights": weights}
+        return _tag_scores(model(*shown).argmax(2), truth)
 
     bound = best_of_beginnings(held_out, truth)
     records: list[Record] = [
