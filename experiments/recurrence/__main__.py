@@ -14,6 +14,7 @@ from captioner.errors import CaptionerError
 from captioner.progress import log_line
 from experiments.recurrence import gates, gradients, memory, sequences, tagging, unshuffle
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
+from experiments.recurrence.cells_at_work import cells_at_work, draw_cells_at_work
 from experiments.recurrence.cost import cost, draw_cost
 from experiments.recurrence.course import course
 from experiments.recurrence.pictures import Record, draw_models
@@ -112,6 +113,7 @@ STUDIES: dict[str, Study] = {
             "end_to_image",
         ),
     ),
+    "cells_at_work": Study(cells_at_work, draw_cells_at_work, ("cell", "epoch"), ("val_loss",)),
     "captioning_starts": Study(
         captioning_starts,
         draw_captioning_starts,

@@ -1,5 +1,6 @@
 """The captions and photographs of Flickr8k, as the studies take them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,6 +74,11 @@ def load_captions(setting: Setting) -> tuple[Captions, Captions, Vocabulary]:
 
 def pooled_features(setting: Setting, dataset: CaptionDataset) -> Tensor:
     """Return the mean of the CNN's features over each photograph, (images, D), from the cache."""
+    return pooled_features_of(setting, dataset.paths)
+
+
+def pooled_features_of(setting: Setting, paths: Sequence[Path]) -> Tensor:
+    """Return what ``pooled_features`` does, for any image files."""
     config = experiment(setting)
     cnn = config.encoder
     encoder = make_encoder(cnn.name, cnn.weights, config.preprocessing, cnn.last_stage)
@@ -80,13 +86,13 @@ def pooled_features(setting: Setting, dataset: CaptionDataset) -> Tensor:
     device = torch.device("cpu")
     features = cached_features(
         encoder,
-        dataset.paths,
+        paths,
         config.data.cache_dir or default_cache_dir(),
         device,
         choose_precision("auto", device),
         pooled=True,
     )
-    return features.take(range(len(dataset))).squeeze(1).float()
+    return features.take(range(len(paths))).squeeze(1).float()
 
 
 def pad_rows(captions: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ GENERATED = [
 ]
 OF_CAPTIONS = [
     *("one_to_one", "many_to_one", "unshuffle", "reversal", "tagging", "next_word"),
-    *("gates", "captioning", "captioning_starts"),
+    *("gates", "captioning", "captioning_starts", "cells_at_work"),
 ]
 
 
