@@ -296,20 +296,17 @@ def probe(
         correlations = x[:half].T @ (y[:half] - y[:half].mean())
         unit = int(np.abs(correlations).argmax())
         values = [state[:, unit] * np.sign(correlations[unit]) for state in shown_states]
-        found.append(
-            {
-                "target": name,
-                "all_units": _score(x, y, half),
-                "one_unit": _score(x[:, [unit]], y, half),
-                "shuffled": _score(x, shuffled, half),
-                "last_word": _word_score(last_words, y, half),
-                "unit": unit,
-                "sentences": [
-                    [[word, round(float(value), 3)] for word, value in zip(*pair, strict=True)]
-                    for pair in zip(shown, values, strict=True)
-                ],
-            }
-        )
+        scores = {
+            "all_units": _score(x, y, half),
+            "one_unit": _score(x[:, [unit]], y, half),
+            "shuffled": _score(x, shuffled, half),
+            "last_word": _word_score(last_words, y, half),
+        }
+        sentences = [
+            [[word, round(float(value), 3)] for word, value in zip(*pair, strict=True)]
+            for pair in zip(shown, values, strict=True)
+        ]
+        found.append({"target": name, **scores, "unit": unit, "sentences": sentences})
     return found
 
 
