@@ -11,12 +11,14 @@ from pathlib import Path
 
 from captioner.cli import HelpFormatter, Parser, command
 from captioner.errors import CaptionerError
+from captioner.files import read_json
 from captioner.progress import log_line
 from experiments.recurrence import gates, gradients, memory, sequences, tagging, unshuffle
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cells_at_work import cells_at_work, draw_cells_at_work
 from experiments.recurrence.cost import cost, draw_cost
 from experiments.recurrence.course import course
+from experiments.recurrence.drawings import draw_course
 from experiments.recurrence.pictures import Record, draw_models
 from experiments.recurrence.starts import captioning_starts, draw_captioning_starts
 from experiments.recurrence.study import HERE, Setting, Study, run, write_page
@@ -151,9 +153,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run_all(sys.argv[1:] if argv is None else argv)
     elif args.study != "page":
         run(args.study, STUDIES[args.study], setting)
-    write_page(STUDIES, setting, course(HERE / "results") if output == HERE else "")
+    write_page(STUDIES, setting, _write_course() if output == HERE else "")
     print(f"page: {output / 'README.md'}")
     return 0
+
+
+def _write_course() -> str:
+    """Draw the course's pictures, and return its text."""
+    draw_course(HERE / "lesson", read_json(HERE / "results" / "cells_at_work.json")["records"])
+    return course(HERE / "results")
 
 
 def _run_all(argv: Sequence[str]) -> None:

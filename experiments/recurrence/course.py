@@ -9,7 +9,7 @@ from typing import Any
 
 from captioner.files import read_json
 from captioner.models.recurrent_cells import gru_step, lstm_step, tanh_step
-from experiments.recurrence.pictures import Record, mean
+from experiments.recurrence.pictures import Record, groups, mean
 
 TEXT = Path(__file__).with_name("course.md")
 
@@ -63,7 +63,10 @@ def _numbers(read: Callable[[str], Any]) -> dict[str, str]:
     bleu = [mean(of("captioning", cell=name), "BLEU-4") for name in names]
     perplexity = [mean(of("next_word", model=name), "perplexity") for name in names]
     lengths = (50, 200)
+    watched = of("cells_at_work")
     return {
+        "captions": _captions(watched),
+        "probes": _probes([r for r in watched if r["cell"] == "lstm" and "probes" in r]),
         "gradient_rows": f"In `gradient_distance`, where inputs have size 1, {tanh:.1g} of the "
         f"gradient of a tanh network arrives 50 steps back, and {irnn:.2g} of that of an IRNN.",
         "irnn": "`adding`: solved with seeds, at 50 and 200 steps: "
@@ -88,3 +91,27 @@ def _share(values: Sequence[float]) -> str:
 
 def _list(names: Sequence[str], values: Sequence[float], digits: int) -> str:
     return ", ".join(f"{n} {v:.{digits}f}" for n, v in zip(names, values, strict=True))
+
+
+def _captions(records: Sequence[Record]) -> str:
+    """Return the first photograph's caption by each cell after each epoch, as a table."""
+    cells = groups(records, ("cell",))
+    rows = [["epoch", *(cell for (cell,) in cells)], ["---"] * (len(cells) + 1)]
+    for (epoch,), of_epoch in groups(records, ("epoch",)).items():
+        if epoch:  # before training there are words alone
+            rows.append([str(epoch), *(record["captions"][0] for record in of_epoch)])
+    return _table(rows)
+
+
+def _probes(records: Sequence[Record]) -> str:
+    """Return what the probes of an untrained and a trained network found, as rows of a table."""
+    rows = []
+    for before, after in zip(*(record["probes"] for record in records), strict=True):
+        scores = after["all_units"], after["one_unit"], before["all_units"]
+        scores += after["last_word"], after["shuffled"]
+        rows.append([after["target"], *(f"{score:.2f}" for score in scores)])
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,65 @@
+"""The notebook runs from its first cell to its last, and the course's pictures are drawn."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from captioner.files import read_json
+from experiments.recurrence.drawings import draw_course
+from experiments.recurrence.study import HERE
+
+NOTEBOOK = HERE / "lesson.ipynb"
+
+
+def test_the_notebook_runs_and_theory_holds_in_it(tmp_path: Path):
+    """In a process of its own: Jupyter's warnings are not the project's."""
+    pytest.importorskip("nbconvert")
+    line = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
+    line += ["--output-dir", str(tmp_path), str(NOTEBOOK)]
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "agg",
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+    }
+    done = subprocess.run(
+        line, env=os.environ | settings, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    cells = json.loads((tmp_path / NOTEBOOK.name).read_text(encoding="utf-8"))["cells"]
+    printed = "".join(
+        "".join(output["text"])
+        for cell in cells
+        for output in cell.get("outputs", ())
+        if output["output_type"] == "stream" and output["name"] == "stdout"
+    )
+    pairs = re.findall(r"measured ([\d.e-]+), theory ([\d.e-]+)", printed)
+    radius, without, with_recurrence = [tuple(map(float, pair)) for pair in pairs]
+    for measured, theory in (radius, without):
+        assert measured == pytest.approx(theory, rel=0.01)
+    assert with_recurrence[0] > with_recurrence[1]
+    right = re.search(r"right in (\d+)%", printed)
+    assert right
+    assert int(right[1]) > 50
+
+
+def test_the_notebook_is_kept_without_outputs():
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+
+
+def test_the_pictures_of_the_course_are_drawn(tmp_path):
+    draw_course(tmp_path, read_json(HERE / "results" / "cells_at_work.json")["records"])
+    text = (HERE / "course.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\(lesson/(\w+\.svg)\)", text))
+    assert named
+    assert named == {path.name for path in tmp_path.iterdir()}
+    for name in named:
+        assert "<svg" in (tmp_path / name).read_text(encoding="utf-8")
+        assert (HERE / "lesson" / name).exists()
