@@ -82,6 +82,51 @@ def _numbers(read: Callable[[str], Any]) -> dict[str, str]:
         "tanh_50": f"{tanh:.1g}",
         "bleu": _list(names, bleu, 3),
         "perplexity": _list(names, perplexity, 1),
+        **_verdicts(of),
+    }
+
+
+def _verdicts(of: Callable[..., list[Record]]) -> dict[str, str]:
+    """Return the numbers of the textbook's claims about clipping, starts, gates and directions.
+
+    Args:
+        of: Returns the records of a study with such fields.
+    """
+
+    def solved(study: str, **fields: Any) -> str:
+        return _share([record["solved"] for record in of(study, **fields)])
+
+    def adding(remedy: str, length: int) -> str:
+        return solved("adding", remedy=remedy, length=length)
+
+    def norm(cell: str) -> str:
+        records = of("exploding", cell=cell, length=100, clipping="none")
+        return f"{max(record['largest_norm'] for record in records):,.0f}"
+
+    names = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    whole = [mean(of("reversal", model=f"{n}, then {n}"), "whole_captions") for n in names]
+    both, forward = (
+        f"{mean(of('tagging', model=f'lstm, {way}'), 'accuracy'):.1%}"
+        for way in ("both, same size", "forward")
+    )
+    return {
+        "norm_lstm": norm("lstm"),
+        "norm_irnn": norm("rnn_relu"),
+        "tanh_100": adding("rnn_tanh, orthogonal", 100),
+        "relu_100": adding("rnn_relu, orthogonal", 100),
+        "irnn_100": adding("rnn_relu, identity (IRNN)", 100),
+        **{
+            f"lstm_{bias}_solved": " and ".join(
+                adding(f"lstm, forget bias {bias}", length) for length in (100, 200)
+            )
+            for bias in (0, 1, 4)
+        },
+        "no_input": solved("gates", model="lstm, input gate 1"),
+        "no_forget": solved("gates", model="lstm, forget gate 0"),
+        "no_reset": solved("gates", model="gru, reset gate 1"),
+        "both": both,
+        "forward": forward,
+        "reversal": _list(names, whole, 2),
     }
 
 
@@ -107,8 +152,8 @@ def _probes(records: Sequence[Record]) -> str:
     """Return what the probes of an untrained and a trained network found, as rows of a table."""
     rows = []
     for before, after in zip(*(record["probes"] for record in records), strict=True):
-        scores = after["all_units"], after["one_unit"], before["all_units"]
-        scores += after["last_word"], after["shuffled"]
+        scores = [of[name] for of in (after, before) for name in ("all_units", "one_unit")]
+        scores += [after["last_word"], after["shuffled"]]
         rows.append([after["target"], *(f"{score:.2f}" for score in scores)])
     return _table(rows)
 

@@ -31,7 +31,7 @@ def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], **lo
 
 def draw_unrolled() -> Any:
     """Draw the recurrent network as a loop, and unrolled over three steps."""
-    figure = new_figure(1, 1, 7.5, 2.6)
+    figure = new_figure(1, 1, 7.0, 2.5)
     axes = figure.add_subplot()
     _blank(axes, 9, 3.1)
     _box(axes, 1, 0.4, "$x_t$", _WORDS)
@@ -39,10 +39,10 @@ def draw_unrolled() -> Any:
     _box(axes, 1, 2.6, "$h_t$", _ANSWER)
     _arrow(axes, (1, 0.4), (1, 1.5))
     _arrow(axes, (1, 1.5), (1, 2.6))
-    loop = {"connectionstyle": "arc3,rad=-1.6", "shrinkA": 12, "shrinkB": 12}
-    _arrow(axes, (1.15, 1.75), (1.15, 1.2), **loop)
-    axes.text(2.05, 1.5, "$h_{t-1}$", fontsize=9, va="center")
-    axes.text(2.95, 1.5, "=", fontsize=16, va="center", ha="center")
+    loop = {"connectionstyle": "arc3,rad=-2.2", "shrinkA": 1, "shrinkB": 1}
+    _arrow(axes, (1.2, 1.58), (1.2, 1.42), **loop)
+    axes.text(1.75, 1.5, "$h_{t-1}$", fontsize=9, va="center")
+    axes.text(2.75, 1.5, "=", fontsize=16, va="center", ha="center")
     _box(axes, 3.7, 1.5, "$h_0$", "0.8")
     for step in (1, 2, 3):
         x = 3.7 + 1.6 * step
@@ -101,6 +101,7 @@ def draw_cells() -> Any:
     for place, draw in enumerate((_draw_vanilla, _draw_lstm, _draw_gru)):
         axes = figure.add_subplot(1, 3, place + 1)
         _blank(axes, 6, 5)
+        axes.set_ylim(-0.3, 4.7)
         draw(axes)
     return figure
 
@@ -118,6 +119,14 @@ def _path(axes: Any, *points: tuple[float, float], **look: Any) -> None:
     axes.annotate("", points[-1], points[-2], arrowprops=properties)
 
 
+def _feed(axes: Any, *places: float) -> None:
+    """Draw that h(t-1) and x(t) go into the gates at these places."""
+    _box(axes, 0.6, 0.1, "$h_{t-1},\\ x_t$", _WORDS)
+    axes.plot([1.25, places[-1]], [0.1, 0.1], color="0.25", linewidth=1)
+    for x in places:
+        _arrow(axes, (x, 0.1), (x, 1.0), shrinkA=0)
+
+
 def _draw_vanilla(axes: Any) -> None:
     axes.set_title("vanilla RNN", fontsize=10)
     _box(axes, 0.6, 2.5, "$h_{t-1}$", _STATE)
@@ -132,7 +141,7 @@ def _draw_vanilla(axes: Any) -> None:
 def _draw_lstm(axes: Any) -> None:
     axes.set_title("LSTM: the upper path is c", fontsize=10)
     _box(axes, 0.6, 4.2, "$c_{t-1}$", _STATE)
-    _box(axes, 0.6, 1.0, "$h_{t-1},\\ x_t$", _WORDS)
+    _feed(axes, 1.9, 2.75, 3.65, 4.7)
     _node(axes, 1.9, 4.2, "×")
     _node(axes, 3.2, 4.2, "+")
     _node(axes, 3.2, 2.9, "×")
@@ -157,7 +166,7 @@ def _draw_lstm(axes: Any) -> None:
 def _draw_gru(axes: Any) -> None:
     axes.set_title("GRU: the upper path is h", fontsize=10)
     _box(axes, 0.6, 4.2, "$h_{t-1}$", _STATE)
-    _box(axes, 0.6, 1.0, "$h_{t-1},\\ x_t$", _WORDS)
+    _feed(axes, 2.2, 3.2, 4.6)
     _node(axes, 2.2, 4.2, "×")
     _node(axes, 4.1, 4.2, "+")
     _node(axes, 4.1, 2.9, "×")
@@ -170,7 +179,7 @@ def _draw_gru(axes: Any) -> None:
     _arrow(axes, (4.1, 4.2), (5.5, 4.2), shrinkB=12)
     _arrow(axes, (2.2, 1.0), (2.2, 4.2))
     _arrow(axes, (2.2, 1.0), (4.1, 2.9))
-    axes.text(2.7, 2.3, "$1 - z_t$", fontsize=8, ha="right")
+    axes.text(3.25, 2.3, "$1 - z_t$", fontsize=8)
     _arrow(axes, (3.2, 1.0), (4.6, 1.0))
     _arrow(axes, (4.6, 1.0), (4.1, 2.9))
 
@@ -182,7 +191,7 @@ def draw_units(probes: Sequence[Record]) -> Any:
     """Draw sentences with words coloured by the one unit that tells most of each target."""
     import matplotlib
 
-    figure = new_figure(1, 1, 10, 1.25 * len(probes))
+    figure = new_figure(1, 1, 8, 1.2 * len(probes))
     axes = figure.subplots(len(probes), 1)
     colours = matplotlib.colormaps["PuOr"]
     for frame, found in zip(axes, probes, strict=True):
@@ -205,7 +214,7 @@ def draw_units(probes: Sequence[Record]) -> Any:
                 frame.text(
                     x, 3 - row * 1.2, word, family="monospace", fontsize=9, color=ink, bbox=box
                 )
-                x += 1.25 * len(word) + 1.6
+                x += 0.95 * len(word) + 1.4
     return figure
 
 

@@ -63,3 +63,45 @@ def test_the_pictures_of_the_course_are_drawn(tmp_path):
     for name in named:
         assert "<svg" in (tmp_path / name).read_text(encoding="utf-8")
         assert (HERE / "lesson" / name).exists()
+
+
+def of(study, field, **fields):
+    records = read_json(HERE / "results" / f"{study}.json")["records"]
+    return [r[field] for r in records if all(r[key] == value for key, value in fields.items())]
+
+
+def test_the_verdicts_of_the_textbook_are_those_of_the_results():
+    """A study that is run anew with another outcome asks for another verdict in the course."""
+
+    def solved(remedy, length=100):
+        return sum(of("adding", "solved", remedy=remedy, length=length))
+
+    assert min(of("cost", "time_of_lstm", cell="gru", width=256)) > 1.1
+    assert sum(of("exploding", "lost", cell="lstm", clipping="none")) == 0
+    assert all(of("exploding", "lost", cell="rnn_relu", clipping="none"))
+    assert solved("rnn_tanh, orthogonal") == 0
+    assert solved("rnn_relu, orthogonal") < solved("rnn_relu, identity (IRNN)") == 3
+    assert solved("lstm, forget bias 4") < solved("lstm, forget bias 0")
+    assert solved("lstm, forget bias 4", 200) > solved("lstm, forget bias 0", 200)
+    assert solved("gru, orthogonal", 200) == 3 > solved("lstm, forget bias 1", 200)
+    for model, count in (
+        ("lstm, input gate 1", 0),
+        ("lstm, forget gate 0", 0),
+        ("gru, reset gate 1", 3),
+    ):
+        assert sum(of("gates", "solved", model=model)) == count
+    both, forward = (
+        of("tagging", "accuracy", model=f"lstm, {m}") for m in ("both, same size", "forward")
+    )
+    assert min(both) > 0.95 > 0.7 > max(forward)
+    gru, relu = (
+        of("reversal", "whole_captions", model=f"{c}, then {c}") for c in ("gru", "rnn_relu")
+    )
+    assert max(gru) < min(relu)
+    back = {
+        bias: of(
+            "gradient_distance", "50_back", start=f"orthogonal, forget bias {bias}", of="state"
+        )
+        for bias in (0, 4)
+    }
+    assert max(back[0]) < 1e-6 < 0.05 < min(back[4])
