@@ -1,5 +1,7 @@
 """Many to many, out of step: an encoder reads words, a decoder names them in another order."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -115,11 +117,28 @@ def reversal(setting: Setting) -> list[Record]:
     The words of captions of 5 to 9 words are read in an order drawn anew each time, and must be
     named from the last to the first: the encoder and decoder of the study above, the same words,
     the same budget. No habit of language helps here, only what the encoder keeps of the order. A
-    bag of words is the same whichever order was read, so that it can only guess which of the words
-    that are left is next: however it is trained, it is right as often as a random order is. With n
-    words that differ, one order in n! is right, and one place in n.
+    bag of words is the same whichever order was read, so that whatever it learns to say is right as
+    often as a random order of the words: `a random order` is that chance, from how often each word
+    stands in each caption.
     """
     return _train_to_order("reversal", setting, reversed_rows, "as read")
+
+
+def chance_of_order(captions: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Return how often a random order of each caption's words is right, as an expectation.
+
+    A word that stands n(w) times among n is expected n(w) * n(w) / n times at a right place, and
+    the product of n(w)! of the n! orders read the same.
+    """
+    places, whole = 0.0, 0.0
+    for caption in captions:
+        counts = Counter(caption).values()
+        places += sum(count**2 for count in counts) / len(caption)
+        whole += math.prod(map(math.factorial, counts)) / math.factorial(len(caption))
+    return {
+        "right_place": places / sum(map(len, captions)),
+        "whole_captions": whole / len(captions),
+    }
 
 
 # Captions; shuffled, their lengths, and where the words of the answer stand in them.
@@ -158,6 +177,9 @@ def _train_to_order(name: str, setting: Setting, rows_of: Rows, as_shown: str) -
     records: list[Record] = [
         {"model": as_shown, "seed": 0, "parameters": 0, **_order_scores(shown, truth)}
     ]
+    if rows_of is reversed_rows:
+        chance = chance_of_order(held_out)
+        records.append({"model": "a random order", "seed": 0, "parameters": 0, **chance})
     return records + train_models(name, setting, models, loss_of, scores_of, setting.pick(800, 5))
 
 

@@ -123,6 +123,13 @@ def test_reversed_rows_are_as_they_were_read_but_backwards():
         assert not answers[row, n:].any()
 
 
+def test_the_chance_of_an_order_by_hand():
+    """Of a, a, b: 2 of 6 orders; the words a are right in 4/3 places of two, b in 1/3 of one."""
+    found = unshuffle.chance_of_order([[4, 4, 5], [4, 5]])
+    assert found["right_place"] == pytest.approx((5 / 3 + 1) / 5)
+    assert found["whole_captions"] == pytest.approx((2 / 6 + 1 / 2) / 2)
+
+
 @pytest.mark.parametrize("name", gates.VARIANTS)
 def test_variants_follow_their_equations(name):
     """Against steps by hand; the gate that is fixed keeps its number after training."""
