@@ -135,8 +135,8 @@ def unpack(archive: Archive, path: Path, directory: Path) -> None:
                         shutil.copyfileobj(source, file, BLOCK)  # never more than its file_size
                     aside.replace(folder / name)
                     progress.update()
-    # The last is what zipfile raises of a compression that it doesn't know.
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    # The last is what zipfile raises of an encrypted file or a compression that it doesn't know.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise DataError(
             f"{path}: not a whole zip archive ({error}); delete it and run this again"
         ) from None

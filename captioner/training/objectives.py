@@ -214,11 +214,15 @@ class Objective(ABC):
             return loss
 
     def _teacher_forcing(
-        self, features: Tensor, token_ids: Tensor, inputs: Tensor | None = None
+        self,
+        features: Tensor,
+        token_ids: Tensor,
+        inputs: Tensor | None = None,
+        run: Callable[..., Any] | None = None,
     ) -> DecoderOutput:
         window = self.config.training.bptt_window
         return self.model.decoder.teacher_forcing(
-            features, token_ids, window, inputs=inputs, run=self._run_captions
+            features, token_ids, window, inputs=inputs, run=run or self._run_captions
         )
 
     def _compiled_steps(self) -> Callable[..., Any] | None:
@@ -301,11 +305,8 @@ class SelfCritical(Objective):
         samples = self._sample(self._decoder, features.detach(), batch.images, moment.step)
         self.model.decoder.train(self.config.self_critical.dropout)
         with autocast(self.model.device, self.precision):
-            output = self.model.decoder.teacher_forcing(
-                features[samples.order],
-                samples.token_ids,
-                self.config.training.bptt_window,
-                run=self._run_samples,
+            output = self._teacher_forcing(
+                features[samples.order], samples.token_ids, run=self._run_samples
             )
         loss = (1 - share) * self_critical_loss(output, samples.advantages, counts.images)
         if share:

@@ -4,6 +4,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def course(results: Path) -> str:
     """
     text = TEXT.read_text(encoding="utf-8")
     values = {cell.__name__: _lines_of(cell) for cell in (tanh_step, lstm_step, gru_step)}
-    values |= _numbers(lambda name: read_json(results / f"{name}.json"))
+    values |= _numbers(cache(lambda name: read_json(results / f"{name}.json")))
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", value)
     return text

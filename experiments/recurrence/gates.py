@@ -1,6 +1,5 @@
 """What each gate is worth: an LSTM and a GRU from which one is taken."""
 
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -9,24 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
 from torch.nn.utils import parametrize
 
 from captioner.metrics.report import new_figure
 from captioner.models.recurrent import RecurrentStack
-from captioner.models.recurrent_cells import CELL_STEPS, GATE_COUNTS, Gates, State
+from captioner.models.recurrent_cells import CELL_STEPS, GATE_COUNTS, Gates
 from captioner.progress import progress_iter
 from experiments.recurrence.captions import pad_rows
-from experiments.recurrence.memory import SOLVED, adding_problem
+from experiments.recurrence.memory import SOLVED, learn_to_add
 from experiments.recurrence.pictures import Record, draw_dots
 from experiments.recurrence.sequences import LanguageModel, language_captions, perplexity
-from experiments.recurrence.study import (
-    History,
-    LastStep,
-    Setting,
-    batch_of,
-    fit,
-)
+from experiments.recurrence.study import Setting, batch_of, fit
 
 CLOSED, HALF, OPEN = -40.0, 0.0, 40.0  # sigmoid(40) is 1 in float32, sigmoid(-40) 4e-18
 
@@ -63,14 +55,8 @@ class CoupledGates(nn.Module):
 class LinearOutput(RecurrentStack):
     """An LSTM of one layer without the last tanh, h = o * c; step by step."""
 
-    def forward(
-        self,
-        x: Tensor,
-        state: State | None = None,
-        lengths: Tensor | None = None,
-        bptt_window: int = 0,
-    ) -> Tensor:
-        """Run over whole sequences from zeros, (rows, T, D): see ``RecurrentStack``."""
+    def forward(self, x: Tensor, *unused: Any, **none: Any) -> Tensor:
+        """Run over whole sequences from zeros, (rows, T, D); it takes nothing else."""
         _, _, weight, bias = self.layer_weights()[0]
         h = c = x.new_zeros((len(x), self.hidden_size))
         outputs = []
@@ -135,37 +121,20 @@ def gates(setting: Setting) -> list[Record]:
     records: list[Record] = []
     combinations = list(product(VARIANTS, setting.seeds))
     for name, seed in progress_iter(combinations, "gates", len(combinations), "run"):
-        history = _train_adding(name, seed, setting.pick(1000, 5))
+        make = partial(make_variant, name, 2, 64)
+        history = learn_to_add(make, 50, 0.01, seed, setting.pick(1000, 5))
         records.append(
             {
                 "model": name,
                 "seed": seed,
-                "weights": trained_weights(make_variant(name, 2, 64)),
-                "error": None if history.diverged else statistics.fmean(history.losses[-20:]),
-                "solved": float(_solved(history)),
+                "weights": trained_weights(make()),
+                "error": history.error,
+                "solved": float(history.is_below(SOLVED)),
                 "batches": len(history.losses),
                 "perplexity": _train_words(name, seed, setting),
             }
         )
     return records
-
-
-def _solved(history: History) -> bool:
-    last = history.losses[-20:]
-    return len(last) == 20 and sum(last) / 20 < SOLVED
-
-
-def _train_adding(name: str, seed: int, budget: int) -> History:
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = LastStep(1, make_variant(name, 2, 64))
-
-    def loss_of(_: int) -> Tensor:
-        x, y = adding_problem(32, 50, generator)
-        return mse_loss(model(x), y)
-
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    return fit(model, loss_of, budget, optimizer, done=_solved)
 
 
 def _train_words(name: str, seed: int, setting: Setting) -> float:

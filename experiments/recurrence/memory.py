@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -115,34 +116,61 @@ def _summary_of_trial(runs: Sequence[Record]) -> Record:
 
 def _learn_to_add(setting: Setting, name: str, length: int, rate: float, seed: int) -> Record:
     remedy = REMEDIES[name]
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = LastStep(
-        1,
-        RecurrentStack(
-            remedy.cell, 2, 64, initialisation=remedy.start, forget_bias=remedy.forget_bias
-        ),
+    make = partial(
+        RecurrentStack,
+        remedy.cell,
+        2,
+        64,
+        initialisation=remedy.start,
+        forget_bias=remedy.forget_bias,
     )
-
-    def loss_of(_: int) -> Tensor:
-        x, y = adding_problem(32, length, generator)
-        return mse_loss(model(x), y)
-
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     clips = (0.0, remedy.clip_value) if remedy.clip_value else (1.0, 0.0)
-    history = fit(model, loss_of, setting.pick(BUDGET, 5), optimizer, *clips, done=_solved)
+    history = learn_to_add(make, length, rate, seed, setting.pick(BUDGET, 5), *clips)
+    solved = history.is_below(SOLVED)
     return {
         "remedy": name,
         "cell": remedy.cell,
         "length": length,
         "rate": rate,
         "seed": seed,
-        "solved": float(_solved(history)),
+        "solved": float(solved),
         "died": float(history.diverged),
         "steps": len(history.losses),
-        "steps_if_solved": len(history.losses) if _solved(history) else None,
-        "error": None if history.diverged else statistics.fmean(history.losses[-20:]),
+        "steps_if_solved": len(history.losses) if solved else None,
+        "error": history.error,
     }
+
+
+def learn_to_add(
+    make: Callable[[], RecurrentStack],
+    length: int,
+    rate: float,
+    seed: int,
+    budget: int,
+    clip: float = 1.0,
+    clip_value: float = 0.0,
+) -> History:
+    """Train a network on batches of 32 of the adding problem, until it is solved or over.
+
+    Args:
+        make: Makes what reads, two numbers a step.
+        length: Steps.
+        rate: Of Adam.
+        seed: Of the network and of the batches.
+        budget: Batches at most.
+        clip: As in ``fit``.
+        clip_value: As in ``fit``.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = LastStep(1, make())
+
+    def loss_of(_: int) -> Tensor:
+        x, y = adding_problem(32, length, generator)
+        return mse_loss(model(x), y)
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    return fit(model, loss_of, budget, optimizer, clip, clip_value, lambda h: h.is_below(SOLVED))
 
 
 def draw_adding(records: Sequence[Record]) -> Any:
@@ -173,11 +201,6 @@ def draw_adding(records: Sequence[Record]) -> Any:
     axes.set(title="tuning at 50 and 100 steps, the chosen framed", xlabel="learning rate")
     axes.set(ylabel="", yticks=[])
     return figure
-
-
-def _solved(history: History) -> bool:
-    last = history.losses[-20:]
-    return len(last) == 20 and sum(last) / 20 < SOLVED
 
 
 SYMBOLS = 8
@@ -232,18 +255,13 @@ def truncation(setting: Setting) -> list[Record]:
 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=0.003)
-        fit(model, loss_of, setting.pick(500, 5), optimizer, done=_recalled)
+        fit(model, loss_of, setting.pick(500, 5), optimizer, done=lambda h: h.is_below(0.01))
         with torch.no_grad():
             x, first = recall_problem(512, span, torch.Generator().manual_seed(1000 + seed))
             right = float((model(x).argmax(1) == first).float().mean())
         shown = {"cell": cell, "span": span, "window": window, "seed": seed}
         records.append({**shown, "accuracy": right})
     return records
-
-
-def _recalled(history: History) -> bool:
-    last = history.losses[-20:]
-    return len(last) == 20 and sum(last) / 20 < 0.01
 
 
 def draw_truncation(records: Sequence[Record]) -> Any:

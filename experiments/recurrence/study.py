@@ -107,6 +107,15 @@ class History:
     norms: list[float] = field(default_factory=list)
 
     @property
+    def error(self) -> float | None:
+        """Mean loss of the last 20 steps; None if it diverged."""
+        return None if self.diverged else statistics.fmean(self.losses[-20:])
+
+    def is_below(self, limit: float) -> bool:
+        """Tell whether the mean loss of the last 20 steps is."""
+        return len(self.losses) >= 20 and statistics.fmean(self.losses[-20:]) < limit
+
+    @property
     def diverged(self) -> bool:
         """Whether it ended in a loss that is no number."""
         return not math.isfinite(self.losses[-1])

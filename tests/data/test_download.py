@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -329,9 +330,20 @@ def test_nothing_is_unpacked_outside_the_folder(server, tmp_path):
     assert not list(tmp_path.rglob("*09.jpg"))
 
 
+def in_all_headers(content: bytes, place: int, value: int) -> bytes:
+    """Return a zip archive with another byte in each member's two headers."""
+    changed = bytearray(content)
+    for signature, shift in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
+        for found in re.finditer(re.escape(signature), content):
+            changed[found.start() + place + shift] = value
+    return bytes(changed)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda content: in_all_headers(content, 6, 1),  # encrypted
+        lambda content: in_all_headers(content, 8, 99),  # no known compression
         lambda content: content[: len(content) // 2],
         lambda content: content[:5000] + bytes([content[5000] ^ 255]) + content[5001:],
         lambda _: b"<html>Please log in</html>",
