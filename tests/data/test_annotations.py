@@ -455,7 +455,7 @@ def test_names_in_the_folder_are_found():
 # --- real files -----------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="../shared/data/flickr8k is not here")
+@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="needs ../shared/data/flickr8k")
 def test_flickr8k_is_the_same_in_all_its_forms():
     coco = {}
     for split, count in (("train", 6000), ("val", 1000)):

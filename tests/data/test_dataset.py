@@ -320,7 +320,7 @@ def test_small_and_uneven_data_sets(images, batch_size):
     assert sorted(i for batch in cut for i in batch.images) == list(range(images))
 
 
-@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="../shared/data/flickr8k is not here")
+@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="needs ../shared/data/flickr8k")
 @pytest.mark.parametrize(("captions_per_image", "share"), [(1, 0.5), (5, 0.9)])
 def test_batches_of_equal_length_save_padding_on_flickr8k(captions_per_image, share):
     data = CaptionDataset.load(

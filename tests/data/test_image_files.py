@@ -174,7 +174,7 @@ def test_thumbnails(tmp_path):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_listed_formats_are_read(kind):
     if kind in ("AVIF", "WEBP") and not features.check(kind.lower()):
-        pytest.skip(f"this Pillow has no {kind}")
+        pytest.skip(f"needs a Pillow with {kind}")
     content = encoded(Image.new("RGB", (32, 32), (250, 10, 10)), kind)
     pixels = np.asarray(load_image(content)).astype(int)
     assert pixels.shape == (32, 32, 3)
@@ -189,7 +189,7 @@ def test_other_formats_are_not(kind):
         load_image(content)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the program is a shell script")
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell: the program is a script")
 def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
     """Pillow has Ghostscript read EPS, whatever the file is called."""
     mark = tmp_path / "was started"

@@ -258,7 +258,7 @@ def test_file_names(tmp_path, name):
     assert colours(load_image(str(tmp_path / name))) == [RED, GREEN, BLUE, WHITE]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX names are bytes")
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX, whose file names are bytes")
 def test_a_file_name_that_is_not_utf8(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
     corners().save(path, "JPEG")
@@ -271,7 +271,7 @@ def test_a_file_name_that_is_not_utf8(tmp_path):
 @pytest.fixture(scope="module")
 def photographs():
     if not COCO_IMAGES.is_dir():
-        pytest.skip("../shared/data/coco_mini is not here")
+        pytest.skip("needs ../shared/data/coco_mini")
     return [load_image(path) for path in sorted(COCO_IMAGES.glob("*.jpg"))[:6]]
 
 

@@ -22,7 +22,8 @@ CAPTIONS = {
     "coco_mini_val": "coco_mini/annotations/captions_val2017.json",
 }
 needs_shared = pytest.mark.skipif(
-    not (SHARED / "metrics/official_tokens.json.gz").exists(), reason="no ../shared here"
+    not (SHARED / "metrics/official_tokens.json.gz").exists(),
+    reason="needs ../shared/metrics/official_tokens.json.gz",
 )
 needs_java = pytest.mark.skipif(
     shutil.which("java") is None or find_spec("pycocoevalcap") is None,

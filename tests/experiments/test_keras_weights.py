@@ -68,7 +68,7 @@ def test_as_keras_equations(cell):
 @pytest.mark.parametrize("cell", KERAS)
 def test_as_keras_itself(cell, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "torch")
-    keras = pytest.importorskip("keras", reason="needs Keras, which nothing else here does")
+    keras = pytest.importorskip("keras", reason="needs Keras: pip install keras")
     layer = getattr(keras.layers, KERAS[cell][0])(H, return_sequences=True)
     random = np.random.default_rng(1)
     x = random.normal(size=(2, T, D)).astype(np.float32)

@@ -44,7 +44,7 @@ def coco(tmp_path):
     return tmp_path
 
 
-@pytest.mark.skipif(not COCO_MINI.exists(), reason="../shared/data/coco_mini is not here")
+@pytest.mark.skipif(not COCO_MINI.exists(), reason="needs ../shared/data/coco_mini")
 @pytest.mark.parametrize("name", ["coco_best.toml", "flickr8k_best.toml"])
 def test_every_stage_of_a_recipe_trains(name, coco, tmp_path):
     data = [f"data.root={coco}", f"data.cache_dir={tmp_path / 'cache'}"]

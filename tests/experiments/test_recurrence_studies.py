@@ -353,7 +353,7 @@ def test_studies_of_generated_sequences_run_through(name, tmp_path):
 def test_studies_of_captions_run_through(tmp_path, monkeypatch):
     """Each study on 96 photographs; the second time, captioning's runs are there already."""
     if not FLICKR8K.exists():
-        pytest.skip("../shared/data/flickr8k is not here")
+        pytest.skip("needs ../shared/data/flickr8k")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     argv = ["--quick", "--output", str(tmp_path), "--wandb", "disabled"]
     argv += ["--data", str(FLICKR8K), "--weights", str(WEIGHTS)]

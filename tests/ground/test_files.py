@@ -210,7 +210,7 @@ print(reads, interrupted)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL is POSIX's")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX, for SIGKILL")
 @pytest.mark.parametrize("exchange", [True, False])
 def test_readers_find_a_whole_directory_while_writers_are_killed(tmp_path, exchange):
     """Writers are killed at random moments; a reader reads all the time."""
@@ -218,7 +218,7 @@ def test_readers_find_a_whole_directory_while_writers_are_killed(tmp_path, excha
         for name in ("one", "other"):
             (tmp_path / name).mkdir()
         if not _exchange(tmp_path / "one", tmp_path / "other"):
-            pytest.skip("this file system can't exchange directories")
+            pytest.skip("needs a file system that can exchange directories")
         for name in ("one", "other"):
             (tmp_path / name).rmdir()
     command = [sys.executable, "-c", KILLED, str(tmp_path / "last"), str(exchange)]
@@ -246,7 +246,7 @@ with files.atomic_directory(sys.argv[1]) as aside:
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL is POSIX's")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX, for SIGKILL")
 @pytest.mark.parametrize(("renames", "left"), [(0, "old"), (1, "old"), (2, "new")])
 def test_without_exchange_a_kill_between_renames_leaves_one_version(tmp_path, renames, left):
     path = tmp_path / "last"

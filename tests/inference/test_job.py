@@ -139,7 +139,7 @@ def test_a_full_disk_loses_nothing(checkpoint, many, tmp_path):
         ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True
     )
     if mounted.returncode:
-        pytest.skip("a small disk can be mounted by root alone")
+        pytest.skip("needs root, who alone can mount a small disk")
     try:
         words = command(checkpoint, many, disk / "c.jsonl")
         full = subprocess.run(words, capture_output=True, text=True)

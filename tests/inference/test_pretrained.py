@@ -102,7 +102,7 @@ def test_what_comes_with_the_package_is_listed(capsys):
     assert f"did you mean '{DEFAULT_NAME}'?" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data/flickr8k is not here")
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data/flickr8k")
 def test_it_captions_photographs_as_well_as_told():
     """On 100 photographs of val; CIDEr-D of these with frequencies of their own."""
     images = read_annotations(SHARED / "data/flickr8k/annotations/captions_val.json").images[:100]

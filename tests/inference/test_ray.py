@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import COLOURS, SHAPES, draw
 
-pytest.importorskip("ray.data", reason="no Ray: pip install 'captioner[ray]'")
+pytest.importorskip("ray.data", reason="needs Ray: pip install 'captioner[ray]'")
 
 COMMAND = "import sys; from captioner.commands.caption import main; sys.exit(main())"
 

@@ -67,7 +67,7 @@ def random_corpus(seed, images=30):
 # --- against the official tool -------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not OFFICIAL.exists(), reason="../shared/metrics is not here")
+@pytest.mark.skipif(not OFFICIAL.exists(), reason="needs ../shared/metrics")
 def test_official_scores_of_flickr8k_val_leave_one_out():
     with gzip.open(OFFICIAL, "rt", encoding="utf-8") as file:
         official = json.load(file)

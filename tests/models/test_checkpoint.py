@@ -370,7 +370,7 @@ def test_whoever_edits_a_setting_of_the_search_is_told_what_to_do(checkpoint):
 
 
 def test_the_checksums_are_those_of_coreutils(checkpoint):
-    program = shutil.which("sha256sum") or pytest.skip("no sha256sum here")
+    program = shutil.which("sha256sum") or pytest.skip("needs the program sha256sum")
     done = subprocess.run(
         [program, "--check", "SHA256SUMS"], cwd=checkpoint, capture_output=True, text=True
     )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decoder_settings import ATTENDING_KINDS
+from devices import CUDA
 
 from captioner.config import DecoderConfig
 from captioner.data.dataset import pad
@@ -43,11 +44,9 @@ def loss_and_gradients(decoder, features, token_ids, window, run=None):
 
 
 @pytest.mark.parametrize(("kind", "backend"), BACKENDS)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_as_step_by_step(kind, backend, device):
     """Captions end at different steps, one image has a caption less, windows cut gradients."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
     decoder = make(kind, device)
     token_ids = pad(ROWS)
     features = torch.randn(3, REGIONS, WIDTH, device=device)

@@ -108,7 +108,7 @@ def test_what_a_word_alone_decides_is_looked_up(kind, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_narrow_steps_are_near_exact_ones(kind, attributes, dtype):
     if dtype == torch.bfloat16 and not computes_bfloat16(torch.device("cpu")):
-        pytest.skip("this processor has no instructions for bfloat16")
+        pytest.skip("needs a processor with instructions for bfloat16")
     exact = make(kind, attributes=attributes)
     features = torch.randn(2, REGIONS, WIDTH, dtype=torch.float64)
     found = []

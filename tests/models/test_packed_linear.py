@@ -11,7 +11,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request):
     if request.param == torch.bfloat16 and not computes_bfloat16(torch.device("cpu")):
-        pytest.skip("this processor has no instructions for bfloat16")
+        pytest.skip("needs a processor with instructions for bfloat16")
     return request.param
 
 
@@ -38,7 +38,7 @@ def test_rows_that_lie_apart(dtype):
 def test_a_row_is_the_same_in_any_batch(narrow):
     packed = PackedLinear(torch.randn(500, 300), torch.randn(500), narrow)
     if not packed._is_packed:
-        pytest.skip("this torch multiplies without oneDNN")
+        pytest.skip("needs a torch that multiplies with oneDNN")
     x = torch.randn(260, 300).to(narrow)
     whole = packed(x)
     for rows in (1, 2, 3, 17, 64, 255):

@@ -39,7 +39,7 @@ def disk(tmp_path):
             command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
             if "remount" not in options:
                 if subprocess.run(command, capture_output=True).returncode:
-                    pytest.skip("a small disk can be mounted by root alone")
+                    pytest.skip("needs root, who alone can mount a small disk")
                 stack.callback(subprocess.run, ["umount", folder], check=True)
             else:
                 subprocess.run(["mount", "-o", options, folder], check=True)

@@ -407,7 +407,7 @@ def as_nobody():
             folder.chmod(mode)
 
 
-@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="POSIX alone has seteuid")
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs os.seteuid, which POSIX alone has")
 def test_a_whole_cache_is_used_without_being_written(
     encoder, shared_paths, shared_features, cache, as_nobody, capsys
 ):
@@ -487,7 +487,7 @@ def test_two_processes_at_once_encode_each_image_once(
 
 
 # The last test with the other process.
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL is POSIX's")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX, for SIGKILL")
 def test_a_killed_process_is_continued(
     encoder, other_process, shared_paths, shared_features, tmp_path
 ):
@@ -523,7 +523,9 @@ def test_too_little_room_is_said_before_anything_is_encoded(encoder, paths, tmp_
 @pytest.fixture
 def limit_file_size():
     """What lets files grow to so many bytes and no further, until the test ends."""
-    resource = pytest.importorskip("resource", reason="POSIX alone limits memory")
+    resource = pytest.importorskip(
+        "resource", reason="needs the module resource, which POSIX alone has"
+    )
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

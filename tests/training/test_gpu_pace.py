@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from devices import CUDA
 from training_runs import assert_same_weights, read_log
 
 from captioner.device import arithmetic
@@ -15,14 +16,6 @@ from captioner.training import objectives
 from captioner.training.inputs import CachedInputs
 from captioner.training.run import train
 from captioner.training.trainer import Trainer
-
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.cuda,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    ],
-)
 
 TIMED = ("seconds", "per_second")
 

@@ -187,7 +187,7 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(experiment, tmp_path,
     ]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX's signals")
 @pytest.mark.parametrize(
     ("place", "when", "begun"),
     [

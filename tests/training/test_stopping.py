@@ -33,7 +33,7 @@ def losses(directory):
 # --- Ctrl-C and SIGTERM -------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX's signals")
 def test_ctrl_c_prints_a_line_that_goes_on_to_the_same_end(experiment, tmp_path):
     """From a real command line, whose paths have a space, in its own process."""
     train(load_config(experiment, SETTINGS), tmp_path / "whole")
