@@ -14,7 +14,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def read_records(path: Path) -> list[Any]:
-    """Return the records of a run-ID.wandb file."""
+    """Return the records of a run-ID.wandb file, also while its last one is being written."""
     data = path.read_bytes()
     assert data.startswith(HEADER)
     at, records, parts = 7, [], b""
@@ -24,6 +24,8 @@ def read_records(path: Path) -> list[Any]:
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
         body = data[at + 7 : at + 7 + length]
+        if len(body) < length:  # the rest of it isn't written yet
+            break
         at += 7 + length
         parts = body if kind in (FULL, FIRST) else parts + body
         if kind in (FULL, LAST):

@@ -115,6 +115,9 @@ def test_the_checkpoint_stays_at_home_if_asked(experiment, tmp_path):
     (wandb_run,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
     wandb_files.wait_for_exit(wandb_run)
     assert not models_of(wandb_run)
+    whole = wandb_files.read_records(wandb_run)
+    wandb_run.write_bytes(wandb_run.read_bytes()[:-3])  # as while its last record is written
+    assert wandb_files.read_records(wandb_run) == whole[:-1]
 
 
 def test_the_best_checkpoint_is_that_of_the_metric_asked_for(experiment, tmp_path):
