@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from captioner.config import DecoderConfig, SearchConfig
 from captioner.data.dataset import pad
-from captioner.data.images import Preprocessing
+from captioner.data.preprocessing import Preprocessing
 from captioner.data.vocabulary import Vocabulary
 from captioner.inference.captioner import Captioner
 from captioner.models.captioning_model import CaptioningModel

@@ -27,10 +27,10 @@ from captioner.cli import HelpFormatter, Parser, command
 from captioner.data.dataset import CaptionDataset
 from captioner.data.images import in_batches, load_pixels
 from captioner.data.listing import ImageFile
-from captioner.device import keep_freed_memory
 from captioner.files import write_json
 from captioner.inference.captioner import Captioner
 from captioner.inference.folder import caption_files
+from captioner.memory import keep_freed_memory
 from captioner.progress import log_line
 
 ROUNDS = 9  # of all parts of captioning

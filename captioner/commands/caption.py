@@ -114,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = _take_checkpoint(args)
     _check_usage(args)
 
-    from captioner.device import keep_freed_memory
     from captioner.inference.captioner import Captioner
     from captioner.inference.job import run_job
+    from captioner.memory import keep_freed_memory
 
     keep_freed_memory()
     listing = _listing(args)

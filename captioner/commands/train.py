@@ -58,7 +58,7 @@ def _main(argv: Sequence[str] | None = None) -> int:
         hush()
     stages = _load_stages(args, overrides)
 
-    from captioner.device import keep_freed_memory  # torch takes seconds to import; --help must not
+    from captioner.memory import keep_freed_memory
     from captioner.stopping import Stopped
     from captioner.training.distributed import Processes
     from captioner.training.run import train

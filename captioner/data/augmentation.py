@@ -58,6 +58,11 @@ class Augmentation:
         """Whether it cuts a part out of the image."""
         return self.settings.crop < 1
 
+    @property
+    def least_side(self) -> float:
+        """The least share of an image's side that a crop has, about."""
+        return math.sqrt(self.settings.crop * LEAST_ASPECT)
+
     def crop_box(self, width: int, height: int, aspect: float = 1.0) -> Box:
         """Return the part of an image that is kept: left, top, right, bottom, in pixels.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from captioner.data.image_files import UNNAMED, ImageSource
-from captioner.data.images import Preprocessing
+from captioner.data.preprocessing import Preprocessing
 from captioner.errors import ImageError
 
 ImageLike = str | os.PathLike[str] | Image.Image | Tensor | np.ndarray | bytes | BinaryIO

@@ -35,7 +35,7 @@ from captioner.checksums import (
     write_checksums,
 )
 from captioner.config import DecoderConfig, Padding, SearchConfig
-from captioner.data.images import Preprocessing
+from captioner.data.preprocessing import Preprocessing
 from captioner.data.vocabulary import Vocabulary
 from captioner.errors import CaptionerError, CheckpointError, ConfigError, name_some
 from captioner.experiment_file import parse

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner.config import BatchNorm, Padding, PreprocessingConfig
-from captioner.data.images import Preprocessing
+from captioner.data.preprocessing import Preprocessing
 from captioner.device import has_bfloat16_tiles, without_autocast
 from captioner.errors import ConfigError, WeightsError, did_you_mean
 from captioner.models.padding import pad_as_tensorflow

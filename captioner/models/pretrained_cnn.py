@@ -11,7 +11,7 @@ import torchvision
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from captioner.data.images import Preprocessing
+from captioner.data.preprocessing import Preprocessing
 from captioner.errors import ConfigError, WeightsError, did_you_mean
 from captioner.files import error_naming, open_regular
 from captioner.models.weights import load_pickled, reason_of

@@ -16,7 +16,8 @@ from torch import Tensor
 from captioner.config import AugmentationConfig, Config
 from captioner.data.augmentation import of_epoch, tells_sides, views_of_epoch
 from captioner.data.dataset import Batch, CaptionDataset
-from captioner.data.images import Preprocessing, count_cores, in_batches, load_pixels
+from captioner.data.images import in_batches, load_pixels
+from captioner.data.preprocessing import Preprocessing, count_cores
 from captioner.device import free_memory
 from captioner.models.captioning_model import CaptioningModel
 from captioner.progress import Progress, log_line

@@ -18,7 +18,8 @@ from captioner.data.augmentation import (
     tells_sides,
     views_of_epoch,
 )
-from captioner.data.images import Preprocessing, load_pixels
+from captioner.data.images import load_pixels
+from captioner.data.preprocessing import Preprocessing
 from captioner.errors import ConfigError
 
 ALL = AugmentationConfig(crop=0.4, flip=True, colour=0.3)

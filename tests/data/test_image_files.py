@@ -21,7 +21,8 @@ from PIL import EpsImagePlugin, Image, features
 from captioner.data import image_files
 from captioner.data.image_files import load_image, load_thumbnail, max_pixels, to_rgb
 from captioner.data.image_formats import FORMATS
-from captioner.data.images import DecodingMemory, Preprocessing, _ImageFiles, load_pixels
+from captioner.data.images import _ImageFiles, load_pixels
+from captioner.data.preprocessing import DecodingMemory, Preprocessing
 from captioner.errors import ConfigError, ImageError
 
 
@@ -361,8 +362,9 @@ MEMORY = """
 import resource, sys
 import torch
 from captioner.data.image_files import load_image
-from captioner.data.images import DecodingMemory, Preprocessing, _ImageFiles, load_pixels
-from captioner.device import keep_freed_memory
+from captioner.data.images import _ImageFiles, load_pixels
+from captioner.data.preprocessing import DecodingMemory, Preprocessing
+from captioner.memory import keep_freed_memory
 
 def peak():  # getrusage's begins with the parent's
     status = open("/proc/self/status").read()
@@ -423,12 +425,12 @@ def test_an_image_without_memory_is_read_again_alone(tmp_path):
     had_all = []
 
     class ScarceAtFirst(Preprocessing):
-        def load_with_size(self, source, reserve, name="", augmentation=None):
+        def open(self, source, reserve, name="", augmentation=None):
             had_all.append(not memory._blocks.acquire(blocking=False))
             if not had_all[-1]:
                 memory._blocks.release()
                 raise MemoryError
-            return super().load_with_size(source, reserve)
+            return super().open(source, reserve)
 
     index, pixels, size, message = _ImageFiles(ScarceAtFirst(), memory)[0, tmp_path / "a.png"]
     assert (index, tuple(pixels.shape), size, message) == (0, (3, 224, 224), (64, 48), "")

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from captioner.data.image_files import load_image, to_rgb
-from captioner.data.images import PixelBatch, Preprocessing, in_batches, load_pixels
+from captioner.data.images import PixelBatch, in_batches, load_pixels
+from captioner.data.preprocessing import Preprocessing
 from captioner.errors import ImageError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"

@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 FAULTS = """
 import resource, sys, torch
-from captioner.device import keep_freed_memory
+from captioner.memory import keep_freed_memory
 if sys.argv[1] == "limit":
     resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))
 if sys.argv[1] != "leave":

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from captioner.config import DecoderConfig, SearchConfig
-from captioner.data.images import Preprocessing
+from captioner.data.preprocessing import Preprocessing
 from captioner.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioner.errors import CheckpointError
 from captioner.inference.captioner import Captioner

@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from captioner.config import PreprocessingConfig
-from captioner.data.images import Preprocessing
+from captioner.data.preprocessing import Preprocessing
 from captioner.errors import CaptionerError, ConfigError, WeightsError
 from captioner.models.encoder import Encoder, make_encoder
 from captioner.models.inference_encoder import InferenceEncoder

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from captioner.config import PreprocessingConfig
-from captioner.data.images import Preprocessing
+from captioner.data.preprocessing import Preprocessing
 from captioner.errors import ConfigError
 from captioner.models.encoder import Encoder, make_encoder
 from captioner.models.inference_encoder import InferenceEncoder

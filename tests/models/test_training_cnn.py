@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from captioner.data.images import Preprocessing
+from captioner.data.preprocessing import Preprocessing
 from captioner.models.encoder import Encoder
 from captioner.models.training_cnn import FoldedConv2d
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from captioner.data.image_files import load_image
-from captioner.data.images import Preprocessing
+from captioner.data.preprocessing import Preprocessing
 from captioner.errors import CacheError, ImageError
 from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
@@ -268,8 +268,8 @@ def test_images_of_one_name_in_two_data_sets_are_never_mixed_up(encoder, tmp_pat
 class ChangingPreprocessing(Preprocessing):
     """Changes each file right after reading it."""
 
-    def load_with_size(self, path, *reserve, **options):
-        loaded = super().load_with_size(path, *reserve, **options)
+    def open(self, path, *reserve, **options):
+        loaded = super().open(path, *reserve, **options)
         Image.new("RGB", (16, 12)).save(path)
         return loaded
 

@@ -15,7 +15,7 @@ from training_runs import assert_same_weights, read_log, wait_for_steps
 
 from captioner.config import AugmentationConfig
 from captioner.data.augmentation import of_epoch, of_view, views_of_epoch
-from captioner.data.images import Preprocessing
+from captioner.data.preprocessing import Preprocessing
 from captioner.errors import CacheError, ImageError
 from captioner.experiment_file import load_config
 from captioner.models.captioning_model import CaptioningModel
