@@ -26,7 +26,7 @@ from captioner.models.captioning_model import CaptioningModel, generate
 from captioner.models.checkpoint import load_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.inference_encoder import InferenceEncoder
-from captioner.search import NO_PROBABILITIES, Hypothesis
+from captioner.search.hypothesis import NO_PROBABILITIES, Hypothesis
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from captioner.errors import CaptionerError
 from captioner.inference.captioner import Caption, Captioner
 from captioner.inference.records import RankedCaption, Record
 from captioner.progress import Progress, log_line
-from captioner.search import NO_PROBABILITIES
+from captioner.search.hypothesis import NO_PROBABILITIES
 
 
 def caption_files(

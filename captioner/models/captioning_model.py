@@ -16,7 +16,10 @@ from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.show_and_tell import ShowAndTell
 from captioner.models.show_attend_tell import ShowAttendTell
 from captioner.models.up_down import UpDown
-from captioner.search import NO_PROBABILITIES, Constraints, Hypothesis, decode, ensemble_step
+from captioner.search.decoding import decode
+from captioner.search.ensemble import ensemble_step
+from captioner.search.hypothesis import NO_PROBABILITIES, Hypothesis
+from captioner.search.rules import Constraints
 
 # What decoder.kind may be.
 DECODERS: dict[str, type[Decoder]] = {

@@ -1,96 +1,14 @@
-"""What a caption may and must contain: constraints over token ids, for any search.
+"""Constraints as tensors: what a caption may and must contain, for a search on any device.
 
-``Constraints.from_config`` translates the words of a ``SearchConfig`` to token ids, once for each
-call. ``CompiledConstraints`` holds the same as tensors on the device and says at each step which
-tokens can't follow; ``ForcedPhrases`` tracks the phrases that a caption must still contain.
+``ForcedPhrases`` tracks the phrases that a caption must still contain.
 """
-
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from captioner.config import SearchConfig
-from captioner.data.vocabulary import BOS, EOS, FUNCTION_WORDS, PAD, UNK, Vocabulary
-from captioner.errors import ConfigError, name_some
-from captioner.search.forced_phrases import ForcedPhrases, Phrase
-
-TOKENS_NEVER_GENERATED = (PAD, BOS, UNK)
-
-
-@dataclass(frozen=True)
-class Constraints:
-    """What captions may and must contain, in token ids.
-
-    Attributes:
-        min_length: Fewest words.
-        max_length: Most words.
-        no_repeat_ngram: Length of the n-grams that don't occur twice in a caption; 0 for none.
-        no_repeat_word: Whether no word directly follows itself.
-        forbidden_endings: Words that no caption ends with.
-        forbidden: Words and phrases that no caption contains.
-        forced: Words and phrases that every caption contains.
-    """
-
-    min_length: int = 0
-    max_length: int = 20
-    no_repeat_ngram: int = 0
-    no_repeat_word: bool = False
-    forbidden_endings: tuple[int, ...] = ()
-    forbidden: tuple[Phrase, ...] = ()
-    forced: tuple[Phrase, ...] = ()
-
-    @classmethod
-    def from_config(cls, settings: SearchConfig, vocabulary: Vocabulary) -> "Constraints":
-        """Translate settings to token ids.
-
-        Raises:
-            ConfigError: A forced word isn't in the vocabulary, or no caption could meet the
-                settings; the message names them.
-        """
-        forbidden = [_encode_phrase(text, vocabulary, "forbidden") for text in settings.forbidden]
-        forced = [_encode_phrase(text, vocabulary, "forced") for text in settings.forced]
-        function_words = _encode_known_words(FUNCTION_WORDS, vocabulary)
-        constraints = cls(
-            min_length=settings.min_length,
-            max_length=settings.max_length,
-            no_repeat_ngram=settings.no_repeat_ngram,
-            no_repeat_word=settings.no_repeat_word,
-            forbidden_endings=function_words if settings.no_dangling_end else (),
-            # UNK is never generated, so a phrase that contains it needs no constraint.
-            forbidden=tuple(phrase for phrase in forbidden if UNK not in phrase),
-            forced=tuple(dict.fromkeys(forced)),
-        )
-        for text, phrase in zip(settings.forced, forced, strict=True):
-            constraints._check_forced(text, phrase, vocabulary)
-        return constraints
-
-    def _check_forced(self, text: str, phrase: Phrase, vocabulary: Vocabulary) -> None:
-        """Raise ConfigError if no caption can contain the phrase."""
-        if UNK in phrase:
-            unknown = vocabulary.unknown_words(text)
-            raise ConfigError(
-                f"search.forced: '{text}' can't be written: {name_some(unknown)} isn't in the "
-                "vocabulary"
-            )
-        compiled = CompiledConstraints(
-            replace(self, forced=()), len(vocabulary), torch.device("cpu")
-        )
-        token_ids = torch.tensor(phrase).view(1, 1, -1)
-        for position, token in enumerate(phrase):
-            log_probs = torch.zeros(1, 1, len(vocabulary))
-            compiled.forbid_words(log_probs, token_ids[..., :position])
-            if log_probs[0, 0, token] == -torch.inf:
-                raise ConfigError(
-                    f"search.forced: '{text}' is ruled out by search.forbidden, "
-                    "search.no_repeat_word or search.no_repeat_ngram"
-                )
-        if len(phrase) > self.max_length:
-            raise ConfigError(
-                f"search.forced: '{text}' has {len(phrase)} words, more than "
-                f"search.max_length = {self.max_length}"
-            )
+from captioner.data.vocabulary import EOS, PAD
+from captioner.search.forced_phrases import ForcedPhrases
+from captioner.search.rules import TOKENS_NEVER_GENERATED, Constraints
 
 
 class CompiledConstraints:
@@ -176,16 +94,3 @@ class CompiledConstraints:
             differs = (ngrams[..., :-1] != tail).any(-1)
             # PAD stands for "no word": it is forbidden already.
             log_probs.scatter_(2, ngrams[..., -1].masked_fill(differs, PAD), -torch.inf)
-
-
-def _encode_phrase(text: str, vocabulary: Vocabulary, field: str) -> Phrase:
-    phrase = tuple(vocabulary.encode(text))
-    if not phrase:
-        raise ConfigError(f"search.{field}: a word or phrase was expected, found '{text}'")
-    return phrase
-
-
-def _encode_known_words(words: Iterable[str], vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Return the ids of the words that are one token of the vocabulary each."""
-    encoded = (vocabulary.encode(word) for word in sorted(words))
-    return tuple(ids[0] for ids in encoded if len(ids) == 1 and ids[0] != UNK)

@@ -15,7 +15,6 @@ batch.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +22,9 @@ from torch import Tensor
 from captioner.config import SearchConfig
 from captioner.data.vocabulary import BOS, EOS, PAD
 from captioner.search.beams import Beams, Results, gather_beams
-from captioner.search.constraints import CompiledConstraints, Constraints
+from captioner.search.constraints import CompiledConstraints
+from captioner.search.hypothesis import Hypothesis
+from captioner.search.rules import Constraints
 from captioner.search.sampling import sample_next
 from captioner.search.selection import Selection, select_best, select_diverse, select_in_banks
 
@@ -33,36 +34,6 @@ StepFunction = Callable[[Tensor, Tensors, Tensors], tuple[Tensor, Tensors]]
 """Takes the last tokens of all hypotheses (B, K), their state (tensors of (B, K, …)) and the memory
 of their images (tensors of (B, …)); returns the logits of the next tokens (B, K, V) and the new
 state."""
-
-NO_PROBABILITIES = (
-    "the model gives NaN instead of probabilities; its weights are damaged or its numbers "
-    "overflow: try float32 precision or another checkpoint"
-)
-"""What to tell of an image without hypotheses."""
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One caption that a search returns.
-
-    Attributes:
-        token_ids: Its words, without BOS and EOS.
-        log_probability: The model's own, of the words, and of EOS if it ended; whatever the search
-            preferred or forbade.
-        ended: Whether EOS follows; False only where the model gives EOS no probability.
-    """
-
-    token_ids: list[int]
-    log_probability: float
-    ended: bool
-
-    def score(self, length_penalty: float) -> float:
-        """Return what hypotheses are ranked by: log-probability / length ** ``length_penalty``.
-
-        The length counts the words, and EOS where it follows.
-        """
-        length = max(1, len(self.token_ids) + self.ended)
-        return self.log_probability / length**length_penalty
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Phrase = tuple[int, ...]
+from captioner.search.rules import Phrase
 
 
 class ForcedPhrases:

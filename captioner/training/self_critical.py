@@ -21,7 +21,7 @@ from captioner.metrics.reward import CaptionReward
 from captioner.models.captioning_model import generate
 from captioner.models.decoder import DecoderOutput
 from captioner.models.inference_decoder import InferenceDecoder
-from captioner.search import Hypothesis
+from captioner.search.hypothesis import Hypothesis
 
 Baseline = Literal["mean", "greedy"]
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from captioner.config import SearchConfig
 from captioner.data.vocabulary import BOS, EOS, PAD, UNK
-from captioner.search import Constraints, Hypothesis, decode
+from captioner.search.decoding import decode
+from captioner.search.hypothesis import Hypothesis
+from captioner.search.rules import Constraints
 
 INF = math.inf
 NOTHING = [Hypothesis([], -INF, False)]

@@ -22,7 +22,7 @@ from step_models import (
 from captioner.config import SearchConfig
 from captioner.data.vocabulary import FUNCTION_WORDS, Vocabulary
 from captioner.errors import ConfigError
-from captioner.search import Constraints
+from captioner.search.rules import Constraints
 
 CONSTRAINTS = [
     *({"min_length": length} for length in (1, 3, 5)),

@@ -7,7 +7,7 @@ import torch
 from step_models import HistoryModel, assert_scored_by, same, score, search
 
 from captioner.data.vocabulary import BOS, EOS, PAD, UNK
-from captioner.search import Hypothesis
+from captioner.search.hypothesis import Hypothesis
 
 
 def diverse(model, width, groups, diversity, max_length, length_penalty) -> list[Hypothesis]:

@@ -19,7 +19,9 @@ from captioner.models.captioning_model import CaptioningModel
 from captioner.models.checkpoint import save_checkpoint
 from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
-from captioner.search import Hypothesis, decode, ensemble_step
+from captioner.search.decoding import decode
+from captioner.search.ensemble import ensemble_step
+from captioner.search.hypothesis import Hypothesis
 
 
 def together(models: list[HistoryModel], settings: SearchConfig) -> list[list[Hypothesis]]:

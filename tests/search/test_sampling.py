@@ -21,7 +21,7 @@ from step_models import (
 
 from captioner.config import SearchConfig
 from captioner.data.vocabulary import BOS, EOS, PAD, UNK
-from captioner.search import decode
+from captioner.search.decoding import decode
 from captioner.search.sampling import uniform
 
 LOGITS = [3.0, 4.0, 0.2, 5.0, 1.5, 0.1, -1.0, 1.4, 0.9, -2.5, 0.6, -0.3]
