@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 from captioner.errors import CaptionerError, DataError
 from captioner.progress import log_line
 
@@ -145,6 +143,8 @@ def locked(path: str | Path, busy: CaptionerError | str, patience: float = 0.0) 
             and the lock waited for.
         patience: Seconds to wait for it before that.
     """
+    from filelock import FileLock, Timeout  # not at the top: captioner.runtime does without
+
     lock = FileLock(path)
     try:
         # ``is_locked`` may hold it for a moment.

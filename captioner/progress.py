@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 SECONDS_BETWEEN_LINES = 15.0
 LONG = 5.0  # seconds; shorter jobs leave no line without a terminal
 
@@ -57,6 +55,9 @@ class Progress:
         self._hidden = hidden or _hushed
         self._terminal = sys.stderr is not None and sys.stderr.isatty() and not self._hidden
         description = printable(description)
+        from tqdm import tqdm  # not at the top: captioner.runtime does without
+
+        self._format_meter = tqdm.format_meter
         self._bar = tqdm(
             total=total,
             desc=description,
@@ -116,9 +117,8 @@ class Progress:
         if self._hidden:
             return
         self._printed = time.monotonic()
-        log_line(
-            tqdm.format_meter(n=self._done, elapsed=self._printed - self._started, **self._meter)
-        )
+        elapsed = self._printed - self._started
+        log_line(self._format_meter(n=self._done, elapsed=elapsed, **self._meter))
 
 
 def progress_iter(items: Iterable[T], description: str, total: int, unit: str) -> Iterator[T]:
@@ -137,7 +137,10 @@ def log_line(message: str, urgent: bool = False) -> None:
         urgent: Print it even where the process was told to ``hush``.
     """
     if sys.stderr is not None and (urgent or not _hushed):  # a service may have no stderr
-        tqdm.write(printable(message), file=sys.stderr)
+        if bars := sys.modules.get("tqdm"):
+            bars.tqdm.write(printable(message), file=sys.stderr)
+        else:
+            print(printable(message), file=sys.stderr)
         sys.stderr.flush()
 
 

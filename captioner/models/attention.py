@@ -60,7 +60,9 @@ class AdditiveAttention(nn.Module):
         keys = self.key(features)
         # Under autocast keys are bfloat16; features are cast with them, once and not at each step.
         features, keys = features.to(keys.dtype), _to_tanh_dtype(keys)
-        return (features, keys, power(keys.detach())) if keys.is_cpu else (features, keys)
+        if keys.is_cpu and not torch.compiler.is_exporting():
+            return features, keys, power(keys.detach())
+        return features, keys
 
     def forward(
         self, hidden: Tensor, memory: tuple[Tensor, ...], sentinel_key: Tensor | None = None

@@ -12,7 +12,7 @@ from captioner.models.padding import can_be_rotated, rotate
 CPU_CHUNK = 8  # images at a time: a CPU's caches hold what lies between two layers for so many
 
 
-class InferenceEncoder:
+class FastCNN(nn.Module):
     """An encoder's CNN for inference: the same function with less to do.
 
     Batch norm is folded into the convolutions before it, and weights are cast once.
@@ -24,8 +24,8 @@ class InferenceEncoder:
 
     @torch.no_grad()
     def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
-        self.name, self.device, self._dtype = encoder.name, encoder.mean.device, dtype
-        self._normalise = encoder.normalise
+        super().__init__()
+        self._dtype, self._normalise = dtype, encoder.normalise
         cnn = nn.Sequential(*(encoder.cnn.get_submodule(stage) for stage in encoder.stages))
         training = encoder.training
         with warnings.catch_warnings():
@@ -42,14 +42,28 @@ class InferenceEncoder:
                         tensor.data = tensor.data.to(dtype)
         self._cnn.to(memory_format=torch.channels_last)
 
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode pixels (B, 3, S, S), uint8: (B, N, D), in the CNN's dtype."""
+        x = self._normalise(pixels.flip(2, 3) if self._rotated else pixels).to(self._dtype)
+        regions = to_regions(self._cnn(x))
+        return regions.flip(1) if self._rotated else regions
+
+
+class InferenceEncoder:
+    """A ``FastCNN`` over any number of images, so many at a time as are fast.
+
+    Args:
+        encoder: As ``FastCNN`` takes it.
+        dtype: Likewise.
+    """
+
+    def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
+        self.name, self.device = encoder.name, encoder.mean.device
+        self._cnn = FastCNN(encoder, dtype)
+
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Encode pixels (B, 3, S, S), uint8, from any device: (B, N, D), in the CNN's dtype."""
         chunk_size = len(pixels) if self.device.type == "cuda" else CPU_CHUNK
-        grids = []
-        for chunk in pixels.split(chunk_size) if len(pixels) else [pixels]:
-            chunk = chunk.to(self.device, non_blocking=True)
-            x = self._normalise(chunk.flip(2, 3) if self._rotated else chunk).to(self._dtype)
-            regions = to_regions(self._cnn(x))
-            grids.append(regions.flip(1) if self._rotated else regions)
-        return torch.cat(grids)
+        chunks = pixels.split(chunk_size) if len(pixels) else [pixels]
+        return torch.cat([self._cnn(c.to(self.device, non_blocking=True)) for c in chunks])

@@ -8,7 +8,7 @@ from captioner.config import PreprocessingConfig
 from captioner.data.preprocessing import Preprocessing
 from captioner.errors import ConfigError
 from captioner.models.encoder import Encoder, make_encoder
-from captioner.models.inference_encoder import InferenceEncoder
+from captioner.models.inference_encoder import FastCNN, InferenceEncoder
 from captioner.models.padding import pad_as_tensorflow, same_padding
 
 
@@ -91,7 +91,7 @@ def random_pixels(count, size=64):
 
 
 def count_batch_norms(encoder):
-    folded = InferenceEncoder(encoder, torch.float32)._cnn
+    folded = FastCNN(encoder, torch.float32)._cnn
     return sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 
