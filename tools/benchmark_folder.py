@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import psutil
 from captioner.cli import HelpFormatter, Parser, command
 from captioner.data.listing import ImageFile, Listing, find_images
 from captioner.inference.captioner import Captioner
-from captioner.inference.folder import caption_files
+from captioner.inference.folder import caption_files, caption_stream
 from captioner.inference.job import JobSettings, journal_path, run_job
 from captioner.inference.journal import FileState, Journal
 from captioner.inference.outputs import Format, growing_output
@@ -166,7 +167,8 @@ def _compare_rates(checkpoint: Path, images: Path, scratch: Path, rounds: int) -
         outputs = tuple(scratch / f"{number}.{kind}" for kind in ("jsonl", "csv"))
         settings = JobSettings(outputs, quiet=True)
         started = time.monotonic()
-        run_job(captioner, Listing.of_inputs([images]), search, settings, {})
+        stream = partial(caption_stream, captioner, search=search)
+        run_job(stream, Listing.of_inputs([images]), search, settings, {})
         streamed = len(files) / (time.monotonic() - started)
         print(
             f"in memory {plain:.1f} images/s, into .jsonl and .csv {streamed:.1f} images/s, ratio "

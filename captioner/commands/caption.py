@@ -4,30 +4,25 @@ import argparse
 import dataclasses
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from captioner.checkpoint_directory import (
-    WEIGHTS_FILE,
-    default_checkpoint,
-    find_checkpoint,
     is_checkpoint,
     is_pretrained,
 )
 from captioner.cli import command, output_is_closed
 from captioner.commands.caption_options import caption_parser
-from captioner.config import SearchConfig
 from captioner.errors import DataError, UsageError, name_some
-from captioner.experiment_file import attribute_docs
 from captioner.progress import LONG, log_line, print_line
+from captioner.runtime.exported import is_exported
 from captioner.stopping import Stopped
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help must not wait for it
-    from captioner.data.listing import ImageFile, Listing
-    from captioner.inference.captioner import Captioner
+    from captioner.commands.caption_engines import Engine
+    from captioner.data.listing import Listing
     from captioner.inference.job import JobSettings, Summary
-    from captioner.inference.records import Record
 
 
 def _take_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -35,7 +30,8 @@ def _take_checkpoint(args: argparse.Namespace) -> Path | None:
     if args.checkpoint or not args.inputs:
         return args.checkpoint
     first: Path = args.inputs[0]
-    if not (is_checkpoint(first) or (is_pretrained(first) and not first.exists())):
+    known = is_checkpoint(first) or is_exported(first)
+    if not (known or (is_pretrained(first) and not first.exists())):
         return None
     del args.inputs[0]
     if not args.inputs and not args.from_file:
@@ -114,37 +110,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = _take_checkpoint(args)
     _check_usage(args)
 
-    from captioner.inference.captioner import Captioner
-    from captioner.inference.job import run_job
+    from captioner.commands.caption_engines import make_engine
     from captioner.memory import keep_freed_memory
 
     keep_freed_memory()
     listing = _listing(args)
-    checkpoints = [checkpoint or default_checkpoint(), *(args.ensemble or [])]
-    captioner = Captioner.from_pretrained(checkpoints, args.device, args.precision)
-    search = captioner.search(
-        **{name: getattr(args, name) for name in attribute_docs(SearchConfig)}
-    )
+    engine = make_engine(args, checkpoint)
     if not args.output:
-        return _print_captions(captioner, listing, search, args)
+        return _print_captions(engine, listing, args)
+    from captioner.inference.job import run_job
+
     whole = [path for path in args.output if path.suffix.lower() == ".json"]
-    if search.n_best > 1 and len(whole) == len(args.output):
+    if engine.search.n_best > 1 and len(whole) == len(args.output):
         raise UsageError(
-            f"--output {whole[0]}: {search.n_best} captions of an image (search.n_best) need a "
-            "name that ends in .jsonl, .csv or .sqlite"
+            f"--output {whole[0]}: {engine.search.n_best} captions of an image (search.n_best) "
+            "need a name that ends in .jsonl, .csv or .sqlite"
         )
     settings = _job_settings(args)
-    signature = _signature(checkpoints, captioner, search, args)
-    stream = None
-    if args.ray:
-        from captioner.inference.ray_stream import ray_stream
-
-        def stream(images: "Iterable[ImageFile]") -> "Iterator[list[Record]]":
-            sizes = args.batch_size, max(0, args.workers)
-            return ray_stream(checkpoints, images, search, *sizes, args.precision)
-
+    signature = {**engine.signature, "--hash": args.hash, "--csv-safe": args.csv_safe}
+    attention = engine.attention if args.gallery else None
     try:
-        summary = run_job(captioner, listing, search, settings, signature, stream)
+        summary = run_job(engine.stream, listing, engine.search, settings, signature, attention)
     except Stopped as stopped:
         cause = "Ctrl-C" if stopped.signal == signal.SIGINT else stopped.signal.name
         log_line(f"stopped by {cause}: what is done is kept; the same command goes on from here")
@@ -158,26 +144,6 @@ def _job_settings(args: argparse.Namespace) -> "JobSettings":
     names = {field.name for field in dataclasses.fields(JobSettings)} - {"outputs", "has_hash"}
     chosen = {name: getattr(args, name) for name in names}
     return JobSettings(outputs=tuple(args.output), has_hash=args.hash, **chosen)
-
-
-def _signature(
-    checkpoints: Sequence[Path],
-    captioner: "Captioner",
-    search: SearchConfig,
-    args: argparse.Namespace,
-) -> dict[str, Any]:
-    """Return what must stay the same for a job to go on."""
-    from captioner.inference.job import file_sha256
-
-    weights = [file_sha256(find_checkpoint(path) / WEIGHTS_FILE)[:16] for path in checkpoints]
-    settings = {f"search.{name}": value for name, value in dataclasses.asdict(search).items()}
-    return {
-        "checkpoint": "+".join(weights),
-        **{name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
-        "--precision": str(captioner.precision).removeprefix("torch."),
-        "--hash": args.hash,
-        "--csv-safe": args.csv_safe,
-    }
 
 
 def _report(summary: "Summary", settings: "JobSettings", args: argparse.Namespace) -> int:
@@ -222,16 +188,12 @@ def _nothing_captioned(args: argparse.Namespace, failed: int, reasons: str = "")
     return DataError(f"{name_some(args.inputs or [args.from_file])}: no image to caption")
 
 
-def _print_captions(
-    captioner: "Captioner", listing: "Listing", search: SearchConfig, args: argparse.Namespace
-) -> int:
+def _print_captions(engine: "Engine", listing: "Listing", args: argparse.Namespace) -> int:
     """Print captions as they come."""
-    from captioner.inference.folder import caption_stream
     from captioner.inference.job import Summary
 
     summary = Summary()
-    images = listing.images(args.quiet)
-    for records in caption_stream(captioner, images, search, args.batch_size, args.workers):
+    for records in engine.stream(listing.images(args.quiet)):
         summary.add(records)
         for record in records:
             if record.error:
@@ -240,7 +202,7 @@ def _print_captions(
                 if not args.quiet:
                     log_line(f"warning: {record.error}")
             for caption in record.captions:
-                score = [f"{caption.score:.4f}"] if search.n_best > 1 else []
+                score = [f"{caption.score:.4f}"] if engine.search.n_best > 1 else []
                 print_line(record.name, caption.text, *score)
     summary.total = summary.captioned
     if not summary.total:

@@ -191,6 +191,13 @@ def _add_machine_settings(parser: argparse.ArgumentParser) -> None:
         help="spread the work over a Ray cluster (RAY_ADDRESS), or over this machine's cores; "
         "--workers is then how many processes, each with a model",
     )
+    parser.add_argument(
+        "--runtime",
+        default="auto",
+        choices=["auto", "torch", "onnx"],
+        help="auto is onnx (onnxruntime, without torch) where the captioner is a folder that "
+        "captioner export wrote",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
         "--precision",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from captioner.checkpoint_directory import default_checkpoint, find_checkpoint
 from captioner.config import SearchConfig
+from captioner.data.preprocessing import Preprocessing
 from captioner.device import choose_device, choose_precision
 from captioner.errors import (
     CheckpointError,
@@ -94,6 +95,11 @@ class Captioner:
             for number in set(self._cnn_of)
         }
         self.decoders = [InferenceDecoder(model.decoder, self.precision) for model in self.models]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What is done to images before the CNN sees them."""
+        return self.model.encoder.preprocessing
 
     @classmethod
     def from_pretrained(
@@ -283,7 +289,7 @@ class Captioner:
     ) -> Iterator[list[Caption]]:
         if batch_size < 1:
             raise ConfigError(f"batch_size: at least 1 was expected, found {batch_size}")
-        preprocessing = self.model.encoder.preprocessing
+        preprocessing = self.preprocessing
         places = ("the image" if is_single(images) else f"images[{n}]" for n in count())
         left = zip(_iterate(images), places, strict=False)
         done = 0

@@ -13,7 +13,7 @@ from captioner.data.listing import ImageFile, batched
 from captioner.device import free_memory, is_out_of_memory
 from captioner.errors import CaptionerError
 from captioner.inference.captioner import Caption, Captioner
-from captioner.inference.records import RankedCaption, Record
+from captioner.inference.records import RankedCaption, Record, record_of
 from captioner.progress import Progress, log_line
 from captioner.search.hypothesis import NO_PROBABILITIES
 
@@ -75,7 +75,7 @@ def caption_stream(
             waiting.append(batch)
             yield [(index, str(image.path)) for index, image in enumerate(batch)]
 
-    preprocessing = captioner.model.encoder.preprocessing
+    preprocessing = captioner.preprocessing
     for loaded in stream_pixels(batches(), preprocessing, captioner.device, workers):
         batch = waiting.popleft()
         readable = [batch[index] for index in loaded.indices]
@@ -91,12 +91,9 @@ def _records(
     found = dict(zip(loaded.indices, zip(captions, loaded.sizes, strict=True), strict=True))
     records = []
     for index, image in enumerate(batch):
-        best, (width, height) = found.get(index, ((), (0, 0)))
+        best, size = found.get(index, ((), (0, 0)))
         error = errors.get(index, "" if best else f"{image.path}: {NO_PROBABILITIES}")
-        ranked = tuple(RankedCaption(each.text, each.log_probability, each.score) for each in best)
-        records.append(
-            Record(image.image_id, image.name, str(image.path), ranked, width, height, error=error)
-        )
+        records.append(record_of(image, best, size, error))
     return records
 
 

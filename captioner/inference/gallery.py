@@ -15,17 +15,21 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
+import numpy as np
 
 from captioner.data.image_files import load_thumbnail
 from captioner.data.listing import batched
 from captioner.errors import CaptionerError, ImageError
 from captioner.files import atomic_write
-from captioner.inference.captioner import Caption, Captioner
 from captioner.inference.records import Record
 from captioner.progress import Progress, log_line
+
+if TYPE_CHECKING:
+    from captioner.inference.captioner import Caption, Captioner
+    from captioner.runtime import OnnxCaption, OnnxCaptioner
 
 THUMBNAIL = 360  # pixels of its longer side
 MANY_IMAGES = 50_000
@@ -52,30 +56,31 @@ class AttentionMaps:
     END = "·"
 
     @classmethod
-    def of(cls, caption: Caption, cut: float) -> "AttentionMaps | None":
+    def of(cls, caption: "Caption | OnnxCaption", cut: float) -> "AttentionMaps | None":
         """Return the maps of a caption that ``Captioner.describe`` gave with its attention."""
         if caption.attention is None:
             return None
-        maps = caption.attention.float()  # (T, H, W)
-        least, most = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-        scaled = 255 * (1 - (most - maps) / (most - least).clamp(min=1e-9))
+        maps = np.asarray(caption.attention, dtype=np.float32)  # (T, H, W)
+        least, most = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
+        scaled = 255 * (1 - (most - maps) / np.maximum(most - least, 1e-9))
         words = [*caption.text.split(), cls.END][: len(maps)]
-        height, width = maps.shape[1:]
-        return cls(words, (height, width), scaled.flatten(1).round().int().tolist(), cut)
+        count, height, width = maps.shape
+        numbers = scaled.reshape(count, -1).round().astype(int).tolist()
+        return cls(words, (height, width), numbers, cut)
 
 
 # Gives the maps of some images; None for one that has none.
 Attention = Callable[[Sequence[Record]], Sequence[AttentionMaps | None]]
 
 
-def attention_of(captioner: Captioner, **settings: Any) -> Attention:
+def attention_of(captioner: "Captioner | OnnxCaptioner", **settings: Any) -> Attention:
     """Return what computes the attention of images that this captioner has captioned.
 
     Args:
         captioner: The captioner.
         settings: Of the search, as the captions were found by.
     """
-    preprocessing = captioner.model.encoder.preprocessing
+    preprocessing = captioner.preprocessing
     is_cut = preprocessing.resize == "crop"
     cut = preprocessing.image_size / preprocessing.resize_size if is_cut else 0.0
 

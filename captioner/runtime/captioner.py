@@ -15,6 +15,7 @@ from PIL import Image
 
 from captioner.checksums import CHECKSUMS_FILE, check_sha256, read_checksums
 from captioner.data.image_files import UNNAMED
+from captioner.data.preprocessing import Preprocessing
 from captioner.data.vocabulary import BOS, Vocabulary
 from captioner.errors import (
     CheckpointError,
@@ -86,6 +87,11 @@ class OnnxCaptioner:
         outputs = [output.name for output in self._encoder.get_outputs()]
         self._states = sum(name.startswith("state_") for name in outputs)
         self._inputs = [entry.name for entry in self._step.get_inputs()]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What is done to images before the CNN sees them."""
+        return self.config.preprocessing
 
     def caption(
         self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 32, **settings: Any
@@ -181,7 +187,7 @@ class OnnxCaptioner:
             image = Image.fromarray(image)
         try:
             source = os.fspath(image) if isinstance(image, os.PathLike) else image
-            return to_pixels(self.config.preprocessing.load_square(source)[0])
+            return to_pixels(self.preprocessing.load_square(source)[0])
         except ImageError as error:
             raise ImageError(str(error).replace(UNNAMED, name, 1)) from None
 
