@@ -85,11 +85,16 @@ def tiny_model(drawn: Drawn) -> CaptioningModel:
     )
     encoder = Encoder("squeezenet1_1", preprocessing)
     model = CaptioningModel(encoder, config, vocabulary, SearchConfig(3, 8, 0.7))
-    pixels = torch.stack([preprocessing(Image.open(path)) for path in drawn.paths])
+    return learn_by_heart(model, drawn, 120)
+
+
+def learn_by_heart(model: CaptioningModel, drawn: Drawn, steps: int) -> CaptioningModel:
+    """Train a captioner's decoder on the drawn images alone."""
+    pixels = torch.stack([model.encoder.preprocessing(Image.open(path)) for path in drawn.paths])
     features = InferenceEncoder(model.encoder, torch.float32)(pixels).clone()
-    token_ids = pad([[vocabulary.encode(text)] for text in drawn.captions.values()])
+    token_ids = pad([[model.vocabulary.encode(text)] for text in drawn.captions.values()])
     optimizer = torch.optim.Adam(model.decoder.parameters(), lr=0.01)
-    for _ in range(120):
+    for _ in range(steps):
         output = model.decoder.teacher_forcing(features, token_ids)
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(output.logits, output.targets).backward()

@@ -65,7 +65,7 @@ class AdaptiveAttention(Decoder):
         features = self.feature_norm(features)
         regions = self.dropout(torch.relu(self.feature(features)))  # V
         image = self.dropout(torch.relu(self.image(features.mean(1))))  # v^g
-        zeros = image.new_zeros((len(image), 1, self.config.hidden_size))
+        zeros = image.new_zeros((image.shape[0], 1, self.config.hidden_size))
         memory = self.attention.prepare(regions)
         if self.attributes:
             logits, attributes = self.attributes(features)

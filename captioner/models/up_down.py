@@ -67,7 +67,7 @@ class UpDown(Decoder):
         if self.attributes:
             logits, attributes = self.attributes(features)
             image, memory = image + self.attribute_projection(attributes), (*memory, logits)
-        zeros = image.new_zeros((len(image), 1, self.config.hidden_size))
+        zeros = image.new_zeros((image.shape[0], 1, self.config.hidden_size))
         return (zeros,) * (2 * self.per_layer), (image, *memory)
 
     def word_inputs(self, token_ids: Tensor) -> tuple[Tensor]:
