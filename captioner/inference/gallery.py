@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 
 from captioner.data.image_files import load_thumbnail
+from captioner.data.images import Preprocessing
 from captioner.data.listing import batched
 from captioner.errors import CaptionerError, ImageError
 from captioner.files import atomic_write
@@ -64,6 +65,12 @@ class AttentionMaps:
         return cls(words, (height, width), scaled.flatten(1).round().int().tolist(), cut)
 
 
+def cut_of(preprocessing: Preprocessing) -> float:
+    """Return the ``cut`` of maps over images that were preprocessed so."""
+    is_cut = preprocessing.resize == "crop"
+    return preprocessing.image_size / preprocessing.resize_size if is_cut else 0.0
+
+
 # Gives the maps of some images; None for one that has none.
 Attention = Callable[[Sequence[Record]], Sequence[AttentionMaps | None]]
 
@@ -75,9 +82,7 @@ def attention_of(captioner: Captioner, **settings: Any) -> Attention:
         captioner: The captioner.
         settings: Of the search, as the captions were found by.
     """
-    preprocessing = captioner.model.encoder.preprocessing
-    is_cut = preprocessing.resize == "crop"
-    cut = preprocessing.image_size / preprocessing.resize_size if is_cut else 0.0
+    cut = cut_of(captioner.model.encoder.preprocessing)
 
     def maps(records: Sequence[Record]) -> list[AttentionMaps | None]:
         paths = [record.path for record in records]

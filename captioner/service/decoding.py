@@ -1,0 +1,173 @@
+"""Images decoded in processes of their own, which may be killed: for what strangers send.
+
+A decoder that crashes, that hangs, or that takes too long on a hostile file, takes nothing with it
+but its own process, and another one takes its place. What runs in parallel is bounded, and so is
+the memory that all of them hold together.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import torch
+
+from captioner.data.image_files import MAX_MEGAPIXELS_VARIABLE
+from captioner.data.images import DecodingMemory, Preprocessing, Size
+from captioner.device import give_back_freed_memory
+from captioner.errors import ImageError
+
+# Forked from a process that has imported what they need, and no thread: at once, and sharing it.
+_processes = multiprocessing.get_context("forkserver")
+_NAME = "image"  # what messages begin with; the client knows which one it was
+_TOO_LARGE = "; scale it down"
+
+
+class Decoded(NamedTuple):
+    """An image as the CNN takes it.
+
+    Attributes:
+        pixels: (3, S, S), uint8.
+        size: Width and height of the image as it is seen, in pixels.
+    """
+
+    pixels: torch.Tensor
+    size: Size
+
+
+class ImageDecoders:
+    """Decodes and preprocesses the content of image files, several at a time.
+
+    Args:
+        preprocessing: What is done to each.
+        count: Of processes.
+        max_megapixels: Images with more are refused before they are decoded.
+        seconds: How long an image may take.
+    """
+
+    def __init__(
+        self, preprocessing: Preprocessing, count: int, max_megapixels: float, seconds: float
+    ) -> None:
+        _processes.set_forkserver_preload([__name__])
+        self._preprocessing, self._seconds = preprocessing, seconds
+        self._max_megapixels = max_megapixels
+        self._memory = DecodingMemory(processes=False)  # it is the threads here that ask for it
+        self._threads = ThreadPoolExecutor(count, "decoding")
+        self._idle: queue.SimpleQueue[_Decoder | None] = queue.SimpleQueue()
+        for _ in range(count):
+            self._idle.put(self._start())
+
+    def submit(self, content: bytes) -> Future[Decoded]:
+        """Decode a file's content; what is cancelled before it begins isn't.
+
+        The result raises ``ImageError`` where it can't be read, is too large, or takes too long;
+        the message is the reason alone.
+        """
+        return self._threads.submit(self._decode, content)
+
+    def close(self) -> None:
+        """Wait for what is being decoded, and end the processes."""
+        self._threads.shutdown(cancel_futures=True)
+        while not self._idle.empty():
+            if decoder := self._idle.get():
+                decoder.kill()
+
+    def _start(self) -> "_Decoder":
+        return _Decoder(self._preprocessing, self._max_megapixels)
+
+    def _decode(self, content: bytes) -> Decoded:
+        decoder = self._idle.get()
+        if decoder is None or not decoder.is_alive():
+            decoder = self._start()
+        try:
+            with self._memory.reader() as reserve:
+                decoder.connection.send_bytes(content)
+                while isinstance(answer := self._receive(decoder), int):
+                    reserve(answer)  # the time that it waits for memory isn't counted
+                    decoder.connection.send(None)
+        except BaseException:
+            decoder.kill()
+            decoder = None
+            raise
+        finally:
+            self._idle.put(decoder)
+        if isinstance(answer, Exception):
+            raise answer
+        pixels, size = answer
+        side = self._preprocessing.image_size
+        return Decoded(torch.frombuffer(pixels, dtype=torch.uint8).view(3, side, side), size)
+
+    def _receive(self, decoder: "_Decoder") -> "_Answer":
+        try:
+            if decoder.connection.poll(self._seconds):
+                return decoder.connection.recv()
+        except (EOFError, OSError):
+            raise ImageError("it is damaged so that its decoder crashed") from None
+        raise ImageError(f"it takes more than {self._seconds:g} seconds to decode")
+
+
+# Bytes that will be needed, why it went wrong, or an image's pixels and size.
+_Answer = int | Exception | tuple[bytearray, Size]
+
+
+class _Decoder:
+    """A process that decodes one image after the other."""
+
+    def __init__(self, preprocessing: Preprocessing, max_megapixels: float) -> None:
+        self.connection, theirs = _processes.Pipe()
+        self._process = _processes.Process(
+            target=_serve, args=(theirs, preprocessing, max_megapixels), daemon=True
+        )
+        self._process.start()
+        theirs.close()  # so that the end of the process is the end of the connection
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+# --- in the processes -------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, preprocessing: Preprocessing, max_megapixels: float) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the group; the service finishes first
+        signal.signal(number, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff tells there what strangers wrote
+    os.environ[MAX_MEGAPIXELS_VARIABLE] = str(max_megapixels)
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, OSError):  # the service has ended
+        while True:
+            connection.send(_load(connection.recv_bytes(), preprocessing, connection))
+
+
+def _load(content: bytes, preprocessing: Preprocessing, connection: Connection) -> _Answer:
+    is_large = False
+
+    def reserve(size: int) -> None:
+        nonlocal is_large
+        is_large = size >= DecodingMemory.BLOCK_BYTES
+        if is_large:
+            connection.send(size)
+            connection.recv()
+
+    try:
+        pixels, size = preprocessing.load_with_size(content, reserve, _NAME)
+        return bytearray(pixels.numpy().tobytes()), size
+    except ImageError as error:
+        reason, too_large, _ = str(error).removeprefix(f"{_NAME}: ").partition(_TOO_LARGE)
+        return ImageError(reason + too_large)
+    except MemoryError:
+        return ImageError("there is too little memory to read it")
+    except Exception as error:
+        return error
+    finally:
+        if is_large:
+            give_back_freed_memory()

@@ -1,0 +1,108 @@
+"""The service behind an address: listening, and an end that loses no request.
+
+It stands on Tornado, which limits while it receives how long a head and a body may take and how
+much they may hold. The servers that were looked at beside it (Uvicorn with Starlette or FastAPI)
+let a slow sender keep a connection for ever, and spool files of any size to the disk before the
+application is asked.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tornado.httpserver import HTTPServer
+from tornado.iostream import IOStream
+from tornado.netutil import bind_sockets
+
+from captioner.errors import UsageError
+from captioner.service.handlers import LINGER, ServerState, application
+from captioner.service.service import CaptionService
+from captioner.stopping import StopSignals
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_GRACE = 0.25  # seconds without a request, after which a service that was told to end does
+_POLL = 0.05  # seconds
+_LONGEST_HEAD = 16 << 10  # bytes
+
+
+class Server:
+    """Makes a service reachable.
+
+    Args:
+        service: What captions.
+        host: The address to listen on.
+        port: Likewise; 0 takes any that is free.
+        keys: One of these must come with each request but for the page and /health; none lets
+            everybody in.
+
+    Raises:
+        UsageError: It can't listen there.
+    """
+
+    def __init__(
+        self, service: CaptionService, host: str, port: int, keys: Sequence[str] = ()
+    ) -> None:
+        encoded = [key.encode() for key in keys]
+        self._state = ServerState(service, encoded, LOOPBACK if host in LOOPBACK else ())
+        self._host, self._settings = host, service.settings
+        try:
+            self._sockets = bind_sockets(port, host)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"can't listen on {host}, port {port}: {reason}") from None
+
+    @property
+    def address(self) -> str:
+        """Where it is, for a browser."""
+        bound = self._sockets[0]
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{bound.getsockname()[1]}"
+
+    async def run(self, signals: StopSignals, ready: Callable[[], object]) -> None:
+        """Serve until a signal comes; then answer what was accepted, and return.
+
+        Args:
+            signals: Tells when; deferred.
+            ready: Called once requests are heard.
+        """
+        logging.getLogger("tornado").setLevel(logging.ERROR)  # each request has its line already
+        server = _LimitedServer(
+            application(self._state),
+            max_header_size=_LONGEST_HEAD,
+            idle_connection_timeout=self._settings.receive_seconds,
+            body_timeout=self._settings.receive_seconds + LINGER,  # a handler is first: see there
+        )
+        server.most = self._settings.max_connections
+        server.add_sockets(self._sockets)
+        ready()
+        while not signals.received:
+            await asyncio.sleep(_POLL)
+        self._state.is_draining = True
+        await asyncio.sleep(_GRACE)  # whom the system has let in already is still heard
+        server.stop()
+        quiet = 0.0
+        while quiet < _GRACE:
+            await asyncio.sleep(_POLL)
+            quiet = 0.0 if self._state.active else quiet + _POLL
+        await server.close_all_connections()
+
+
+class _LimitedServer(HTTPServer):
+    """Closes connections at once that are too many."""
+
+    most = 0
+    _open = 0
+
+    def handle_stream(self, stream: IOStream, address: Any) -> None:
+        if self._open >= self.most:
+            stream.close()
+            return
+        stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._open += 1
+        super().handle_stream(stream, address)
+
+    def on_close(self, server_conn: object) -> None:
+        self._open -= 1
+        super().on_close(server_conn)
