@@ -29,7 +29,10 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter(
-            "captioner_requests", "Requests answered", ("path", "method", "status"), registry=registry
+            "captioner_requests",
+            "Requests answered",
+            ("path", "method", "status"),
+            registry=registry,
         )
         self.seconds = Histogram(
             "captioner_request_seconds",

@@ -44,9 +44,7 @@ def description(settings: ServiceSettings, search: SearchConfig) -> Schema:
         search: The settings that hold where a client names no others.
     """
     error = _object({"error": {"type": "string"}})
-    refusals = {
-        status: _answer(text, error, {"error": text}) for status, text in _STATUSES.items()
-    }
+    refusals = {status: _answer(text, error, {"error": text}) for status, text in _STATUSES.items()}
     caption = {
         "summary": "Caption images",
         "requestBody": {"required": True, "content": _bodies(settings, search)},
