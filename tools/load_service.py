@@ -4,8 +4,8 @@
   load_service.py photos --url http://127.0.0.1:8000   # one that runs already
 
 Each client sends one photograph after the other, over a connection that it keeps. Clients and
-service share this machine's cores. The folder is captioned by a process of its own, before and after
-the service; the middle of its rates is what the service is compared with.
+service share this machine's cores. The folder is captioned by a process of its own, before and
+after the service; the middle of its rates is what the service is compared with.
 """
 
 import argparse
@@ -192,7 +192,9 @@ def _report(outcome: Outcome, seconds: float, rates: Sequence[float]) -> None:
         print(f"folder:  {each} images/s; service / folder {rate / folder:.2f}")
     if len(outcome.seconds) > 1:
         parts = statistics.quantiles(outcome.seconds, n=100)
-        print(f"latency: median {1000 * parts[49]:.0f} ms, 99th percentile {1000 * parts[98]:.0f} ms")
+        print(
+            f"latency: median {1000 * parts[49]:.0f} ms, 99th percentile {1000 * parts[98]:.0f} ms"
+        )
     told = ", ".join(f"{number} x {status}" for status, number in sorted(outcome.statuses.items()))
     print(f"answers: {told}; captions that differ from those before: {outcome.wrong}")
 

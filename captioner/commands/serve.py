@@ -20,12 +20,13 @@ request is a line on standard error. Needs an extra: pip install 'captioner[serv
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from captioner.checkpoint_directory import default_checkpoint
 from captioner.cli import HelpFormatter, Parser, command
@@ -33,10 +34,7 @@ from captioner.errors import UsageError
 from captioner.experiment_file import attribute_docs
 from captioner.files import read_text
 from captioner.progress import log_line, print_line
-from captioner.service.settings import ServiceSettings
-
-if TYPE_CHECKING:
-    from captioner.service.service import CaptionService
+from captioner.service.settings import ServiceConfig
 
 LOOPBACK_HOST = "127.0.0.1"
 KEY_VARIABLE = "CAPTIONER_API_KEY"
@@ -66,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         help="auto is bfloat16 where the device computes in it",
     )
     group = parser.add_argument_group("limits")
-    explained = attribute_docs(ServiceSettings)
-    for field in dataclasses.fields(ServiceSettings):
+    explained = attribute_docs(ServiceConfig)
+    for field in dataclasses.fields(ServiceConfig):
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=type(field.default),
@@ -83,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if not 0 <= args.port < 65536:
         raise UsageError(f"--port: 0 to 65535 was expected, found {args.port}")
-    names = [field.name for field in dataclasses.fields(ServiceSettings)]
-    settings = ServiceSettings(**{name: getattr(args, name) for name in names})
+    names = [field.name for field in dataclasses.fields(ServiceConfig)]
+    settings = ServiceConfig(**{name: getattr(args, name) for name in names})
     keys = _read_keys(args.api_key_file)
     try:
         import prometheus_client  # noqa: F401
@@ -92,37 +90,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         raise UsageError("serving needs an extra: pip install 'captioner[serve]'") from None
 
-    from captioner.device import keep_freed_memory
-    from captioner.inference.captioner import Captioner
-    from captioner.service.service import CaptionService
+    from captioner.service.processes import start_forkserver
 
-    keep_freed_memory()
-    checkpoint = args.checkpoint or default_checkpoint()
-    captioner = Captioner.from_pretrained(checkpoint, args.device, args.precision)
-    service = CaptionService(captioner, settings)
-    try:
-        _serve(service, args.host, args.port, keys)
-    finally:
-        service.close()
+    start_forkserver()  # it imports for seconds, meanwhile this process does, too
+    from captioner.service.server import listen
+
+    with listen(args.host, args.port) as listener:  # what is wrong with it needn't wait
+        _serve(args, settings, listener, keys)
     log_line("every request that was accepted is answered")
     return 0
 
 
-def _serve(service: "CaptionService", host: str, port: int, keys: Sequence[str]) -> None:
+def _serve(
+    args: argparse.Namespace,
+    settings: ServiceConfig,
+    listener: socket.socket,
+    keys: Sequence[str],
+) -> None:
+    from captioner.device import keep_freed_memory
+    from captioner.inference.captioner import Captioner
     from captioner.service.server import LOOPBACK, Server
+    from captioner.service.service import CaptionService
     from captioner.stopping import StopSignals
 
-    with StopSignals() as signals:
-        signals.deferred = True
-        server = Server(service, host, port, keys)
+    keep_freed_memory()
+    checkpoint = args.checkpoint or default_checkpoint()
+    captioner = Captioner.from_pretrained(checkpoint, args.device, args.precision)
+    with contextlib.closing(CaptionService(captioner, settings)) as service, StopSignals() as stop:
+        stop.deferred = True
+        server = Server(service, args.host, listener, keys)
 
         def ready() -> None:
-            if host not in LOOPBACK and not keys:
+            if args.host not in LOOPBACK and not keys:
                 log_line("warning: whoever reaches this address may use it (--api-key-file)")
             print_line(f"serving on {server.address}")
             sys.stdout.flush()
 
-        asyncio.run(server.run(signals, ready))
+        asyncio.run(server.run(stop, ready))
 
 
 def _read_keys(file: Path | None) -> list[str]:

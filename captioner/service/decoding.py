@@ -6,7 +6,6 @@ the memory that all of them hold together.
 """
 
 import contextlib
-import multiprocessing
 import os
 import queue
 import signal
@@ -20,9 +19,8 @@ from captioner.data.image_files import MAX_MEGAPIXELS_VARIABLE
 from captioner.data.images import DecodingMemory, Preprocessing, Size
 from captioner.device import give_back_freed_memory
 from captioner.errors import ImageError
+from captioner.service.processes import processes, start_forkserver
 
-# Forked from a process that has imported what they need, and no thread: at once, and sharing it.
-_processes = multiprocessing.get_context("forkserver")
 _NAME = "image"  # what messages begin with; the client knows which one it was
 _TOO_LARGE = "; scale it down"
 
@@ -52,7 +50,7 @@ class ImageDecoders:
     def __init__(
         self, preprocessing: Preprocessing, count: int, max_megapixels: float, seconds: float
     ) -> None:
-        _processes.set_forkserver_preload([__name__])
+        start_forkserver()
         self._preprocessing, self._seconds = preprocessing, seconds
         self._max_megapixels = max_megapixels
         self._memory = DecodingMemory(processes=False)  # it is the threads here that ask for it
@@ -80,53 +78,56 @@ class ImageDecoders:
         return _Decoder(self._preprocessing, self._max_megapixels)
 
     def _decode(self, content: bytes) -> Decoded:
-        decoder = self._idle.get()
-        if decoder is None or not decoder.is_alive():
-            decoder = self._start()
-        try:
-            with self._memory.reader() as reserve:
-                decoder.connection.send_bytes(content)
-                while isinstance(answer := self._receive(decoder), int):
-                    reserve(answer)  # the time that it waits for memory isn't counted
-                    decoder.connection.send(None)
-        except BaseException:
-            decoder.kill()
-            decoder = None
-            raise
-        finally:
-            self._idle.put(decoder)
+        answer = self._ask(content)
+        if isinstance(answer, EOFError):  # the process may have been ended by something else
+            answer = self._ask(content)
+        if isinstance(answer, EOFError):
+            raise ImageError("it is damaged so that its decoder crashes")
         if isinstance(answer, Exception):
             raise answer
         pixels, size = answer
         side = self._preprocessing.image_size
         return Decoded(torch.frombuffer(pixels, dtype=torch.uint8).view(3, side, side), size)
 
-    def _receive(self, decoder: "_Decoder") -> "_Answer":
+    def _ask(self, content: bytes) -> "_Result":
+        """Have a process decode an image; return an ``EOFError`` where that ends it."""
+        decoder: _Decoder | None = self._idle.get() or self._start()
+        assert decoder
         try:
-            if decoder.connection.poll(self._seconds):
-                return decoder.connection.recv()
-        except (EOFError, OSError):
-            raise ImageError("it is damaged so that its decoder crashed") from None
-        raise ImageError(f"it takes more than {self._seconds:g} seconds to decode")
+            with self._memory.reader() as reserve:
+                decoder.connection.send_bytes(content)
+                while True:
+                    if not decoder.connection.poll(self._seconds):
+                        raise ImageError(f"it takes more than {self._seconds:g} seconds to decode")
+                    answer: int | _Result = decoder.connection.recv()
+                    if not isinstance(answer, int):
+                        return answer
+                    reserve(answer)  # the time that it waits for memory isn't counted
+                    decoder.connection.send(None)
+        except BaseException as error:
+            decoder.kill()
+            decoder = None
+            if isinstance(error, (EOFError, OSError)):
+                return EOFError()
+            raise
+        finally:
+            self._idle.put(decoder)
 
 
-# Bytes that will be needed, why it went wrong, or an image's pixels and size.
-_Answer = int | Exception | tuple[bytearray, Size]
+# Why it went wrong, or an image's pixels and size. Before it may come how many bytes it will take.
+_Result = Exception | tuple[bytearray, Size]
 
 
 class _Decoder:
     """A process that decodes one image after the other."""
 
     def __init__(self, preprocessing: Preprocessing, max_megapixels: float) -> None:
-        self.connection, theirs = _processes.Pipe()
-        self._process = _processes.Process(
+        self.connection, theirs = processes.Pipe()
+        self._process = processes.Process(
             target=_serve, args=(theirs, preprocessing, max_megapixels), daemon=True
         )
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the connection
-
-    def is_alive(self) -> bool:
-        return self._process.is_alive()
 
     def kill(self) -> None:
         self._process.kill()
@@ -148,7 +149,7 @@ def _serve(connection: Connection, preprocessing: Preprocessing, max_megapixels:
             connection.send(_load(connection.recv_bytes(), preprocessing, connection))
 
 
-def _load(content: bytes, preprocessing: Preprocessing, connection: Connection) -> _Answer:
+def _load(content: bytes, preprocessing: Preprocessing, connection: Connection) -> _Result:
     is_large = False
 
     def reserve(size: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 from captioner.config import SearchConfig
 from captioner.experiment_file import attribute_docs
 from captioner.service.requests import ATTENTION, FORM, IMAGES, JSON
-from captioner.service.settings import MOST_OF_SEARCH, MOST_PHRASES, ServiceSettings
+from captioner.service.settings import MOST_OF_SEARCH, MOST_PHRASES, ServiceConfig
 from captioner.version import __version__
 
 Schema = dict[str, Any]
@@ -36,7 +36,7 @@ _STATUSES = {
 }
 
 
-def description(settings: ServiceSettings, search: SearchConfig) -> Schema:
+def description(settings: ServiceConfig, search: SearchConfig) -> Schema:
     """Return the description.
 
     Args:
@@ -93,7 +93,7 @@ def _answer(text: str, schema: Schema, example: Any) -> Schema:
     return {"description": text, "content": {JSON: {"schema": schema, "example": example}}}
 
 
-def _bodies(settings: ServiceSettings, search: SearchConfig) -> Schema:
+def _bodies(settings: ServiceConfig, search: SearchConfig) -> Schema:
     """Return what a form and a JSON body may hold."""
     properties = {name: _setting(name, value) for name, value in asdict(search).items()}
     properties[ATTENTION] = {

@@ -14,7 +14,6 @@ from typing import Any
 
 from tornado.httpserver import HTTPServer
 from tornado.iostream import IOStream
-from tornado.netutil import bind_sockets
 
 from captioner.errors import UsageError
 from captioner.service.handlers import LINGER, ServerState, application
@@ -25,6 +24,21 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _GRACE = 0.25  # seconds without a request, after which a service that was told to end does
 _POLL = 0.05  # seconds
 _LONGEST_HEAD = 16 << 10  # bytes
+_BACKLOG = 128  # connections that the system lets in before they are looked at
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address; port 0 takes any that is free.
+
+    Raises:
+        UsageError: It can't be listened on.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except (OSError, UnicodeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
+        raise UsageError(f"can't listen on {host}, port {port}: {reason}") from None
 
 
 class Server:
@@ -32,33 +46,28 @@ class Server:
 
     Args:
         service: What captions.
-        host: The address to listen on.
-        port: Likewise; 0 takes any that is free.
+        host: The address.
+        listener: Of the address: see ``listen``.
         keys: One of these must come with each request but for the page and /health; none lets
             everybody in.
-
-    Raises:
-        UsageError: It can't listen there.
     """
 
     def __init__(
-        self, service: CaptionService, host: str, port: int, keys: Sequence[str] = ()
+        self,
+        service: CaptionService,
+        host: str,
+        listener: socket.socket,
+        keys: Sequence[str] = (),
     ) -> None:
         encoded = [key.encode() for key in keys]
         self._state = ServerState(service, encoded, LOOPBACK if host in LOOPBACK else ())
-        self._host, self._settings = host, service.settings
-        try:
-            self._sockets = bind_sockets(port, host)
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"can't listen on {host}, port {port}: {reason}") from None
+        self._host, self._listener, self._settings = host, listener, service.settings
 
     @property
     def address(self) -> str:
         """Where it is, for a browser."""
-        bound = self._sockets[0]
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{bound.getsockname()[1]}"
+        return f"http://{host}:{self._listener.getsockname()[1]}"
 
     async def run(self, signals: StopSignals, ready: Callable[[], object]) -> None:
         """Serve until a signal comes; then answer what was accepted, and return.
@@ -75,7 +84,8 @@ class Server:
             body_timeout=self._settings.receive_seconds + LINGER,  # a handler is first: see there
         )
         server.most = self._settings.max_connections
-        server.add_sockets(self._sockets)
+        self._listener.setblocking(False)
+        server.add_socket(self._listener)
         ready()
         while not signals.received:
             await asyncio.sleep(_POLL)

@@ -22,7 +22,7 @@ from captioner.service.batching import Batcher, Wish
 from captioner.service.decoding import ImageDecoders
 from captioner.service.metrics import Metrics
 from captioner.service.requests import CaptionRequest, SentImage, read_request
-from captioner.service.settings import ServiceSettings
+from captioner.service.settings import ServiceConfig
 
 _SMALL_BODY = 1 << 16  # is read faster than handed to a thread
 
@@ -41,7 +41,7 @@ class CaptionService:
         waiting: Images that are accepted and not yet captioned.
     """
 
-    def __init__(self, captioner: Captioner, settings: ServiceSettings) -> None:
+    def __init__(self, captioner: Captioner, settings: ServiceConfig) -> None:
         self.captioner, self.settings = captioner, settings
         preprocessing = captioner.model.encoder.preprocessing
         side = preprocessing.image_size

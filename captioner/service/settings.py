@@ -13,7 +13,7 @@ MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True)
-class ServiceSettings:
+class ServiceConfig:
     """What a service allows.
 
     Attributes:
