@@ -7,8 +7,8 @@ the memory that all of them hold together.
 
 import contextlib
 import os
-import queue
 import signal
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -55,9 +55,8 @@ class ImageDecoders:
         self._max_megapixels = max_megapixels
         self._memory = DecodingMemory(processes=False)  # it is the threads here that ask for it
         self._threads = ThreadPoolExecutor(count, "decoding")
-        self._idle: queue.SimpleQueue[_Decoder | None] = queue.SimpleQueue()
-        for _ in range(count):
-            self._idle.put(self._start())
+        self._own = threading.local()  # each thread's process
+        self._all: set[_Decoder] = set()
 
     def submit(self, content: bytes) -> Future[Decoded]:
         """Decode a file's content; what is cancelled before it begins isn't.
@@ -70,16 +69,12 @@ class ImageDecoders:
     def close(self) -> None:
         """Wait for what is being decoded, and end the processes."""
         self._threads.shutdown(cancel_futures=True)
-        while not self._idle.empty():
-            if decoder := self._idle.get():
-                decoder.kill()
-
-    def _start(self) -> "_Decoder":
-        return _Decoder(self._preprocessing, self._max_megapixels)
+        for decoder in self._all:
+            decoder.kill()
 
     def _decode(self, content: bytes) -> Decoded:
         answer = self._ask(content)
-        if isinstance(answer, EOFError):  # the process may have been ended by something else
+        if isinstance(answer, EOFError):  # something else may have ended the process
             answer = self._ask(content)
         if isinstance(answer, EOFError):
             raise ImageError("it is damaged so that its decoder crashes")
@@ -90,9 +85,11 @@ class ImageDecoders:
         return Decoded(torch.frombuffer(pixels, dtype=torch.uint8).view(3, side, side), size)
 
     def _ask(self, content: bytes) -> "_Result":
-        """Have a process decode an image; return an ``EOFError`` where that ends it."""
-        decoder: _Decoder | None = self._idle.get() or self._start()
-        assert decoder
+        """Have this thread's process decode an image; return ``EOFError`` where that ends it."""
+        decoder: _Decoder | None = getattr(self._own, "decoder", None)
+        if decoder is None:
+            decoder = self._own.decoder = _Decoder(self._preprocessing, self._max_megapixels)
+            self._all.add(decoder)
         try:
             with self._memory.reader() as reserve:
                 decoder.connection.send_bytes(content)
@@ -104,14 +101,13 @@ class ImageDecoders:
                         return answer
                     reserve(answer)  # the time that it waits for memory isn't counted
                     decoder.connection.send(None)
-        except BaseException as error:
+        except Exception as error:
             decoder.kill()
-            decoder = None
+            self._all.discard(decoder)
+            self._own.decoder = None
             if isinstance(error, (EOFError, OSError)):
                 return EOFError()
             raise
-        finally:
-            self._idle.put(decoder)
 
 
 # Why it went wrong, or an image's pixels and size. Before it may come how many bytes it will take.

@@ -96,7 +96,7 @@ class RunningService:
         try:
             connection.request(method, path, body, dict(headers or {}))
             answer = connection.getresponse()
-            return Answer(answer.status, dict(answer.getheaders()), answer.read())
+            return Answer(answer.status, answer.headers, answer.read())
         finally:
             connection.close()
 
@@ -159,7 +159,7 @@ def read_answer(connection: socket.socket) -> Answer:
     """Return the answer that comes over a connection, and close it."""
     answer = http.client.HTTPResponse(connection)
     answer.begin()
-    result = Answer(answer.status, dict(answer.getheaders()), answer.read())
+    result = Answer(answer.status, answer.headers, answer.read())
     answer.close()
     connection.close()
     return result
