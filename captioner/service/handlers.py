@@ -23,6 +23,7 @@ from captioner.service.service import CaptionService
 LINGER = 2.0  # seconds that a refused client may go on sending, so that it reads why
 CLIENT_GONE = 499  # as nginx calls it
 _ANY_LENGTH = 1 << 62
+_LONGEST_LENGTH = 15  # digits
 
 
 @dataclass
@@ -109,7 +110,7 @@ class _Handler(RequestHandler):
         if self.request.method not in (self.method, "HEAD" if self.method == "GET" else ""):
             raise RequestError(405, f"{self.method} was expected")
         length = self.request.headers.get("Content-Length", "")
-        if length.isdecimal() and (len(length) > 15 or int(length) > self.most_bytes):
+        if length.isdecimal() and (len(length) > _LONGEST_LENGTH or int(length) > self.most_bytes):
             raise self._too_long()
 
     def _too_long(self) -> RequestError:
@@ -217,8 +218,9 @@ class _Handler(RequestHandler):
         self.set_header("Content-Length", len(line))
         self.write(line)
         self.connection.set_body_timeout(LINGER)
-        if "Expect" in self.request.headers:  # the client waits before it sends
-            self.finish()
+        length = self.request.headers.get("Content-Length", "")
+        if "Expect" in self.request.headers or len(length) > _LONGEST_LENGTH:
+            self.finish()  # nothing comes before this answer, or what no client sends
         else:
             self.flush().add_done_callback(lambda sent: sent.exception())
             asyncio.get_running_loop().call_later(LINGER, self._end_refused)
