@@ -26,6 +26,7 @@ LEVELS = [
     {"search", "metrics"},
     {"models"},
     {"training", "inference"},
+    {"service"},
     {"commands", "top"},
     {"tools", "experiments"},
 ]
@@ -216,8 +217,12 @@ def test_every_package_that_the_library_imports_is_asked_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     asked = bounds([*project["dependencies"], *extras["report"], *extras["official"]])
-    asked |= bounds([*extras["heic"], *extras["metadata"], "ray>=2.40"])
-    names = {"PIL": "pillow", "pillow_heif": "pillow-heif"}
+    asked |= bounds([*extras["heic"], *extras["metadata"], *extras["serve"], "ray>=2.40"])
+    names = {
+        "PIL": "pillow",
+        "pillow_heif": "pillow-heif",
+        "prometheus_client": "prometheus-client",
+    }
     here = {"captioner", "experiments", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
     for folder in ("captioner", "tools", "experiments"):
         for path in (ROOT / folder).rglob("*.py"):
