@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import torch
 
-from captioner.data.image_files import MAX_MEGAPIXELS_VARIABLE
+from captioner.data.image_files import MAX_MEGAPIXELS_VARIABLE, load_image
 from captioner.data.images import DecodingMemory, Preprocessing, Size
 from captioner.device import give_back_freed_memory
 from captioner.errors import ImageError
 from captioner.service.processes import processes, start_forkserver
 
+_BLANK = b"P6 1 1 255\n\0\0\0"
 _NAME = "image"  # what messages begin with; the client knows which one it was
 _TOO_LARGE = "; scale it down"
 
@@ -57,6 +58,8 @@ class ImageDecoders:
         self._threads = ThreadPoolExecutor(count, "decoding")
         self._own = threading.local()  # each thread's process
         self._all: set[_Decoder] = set()
+        for _ in range(count):  # so that no image waits for a process to begin
+            self._threads.submit(self._decoder)
 
     def submit(self, content: bytes) -> Future[Decoded]:
         """Decode a file's content; what is cancelled before it begins isn't.
@@ -84,12 +87,17 @@ class ImageDecoders:
         side = self._preprocessing.image_size
         return Decoded(torch.frombuffer(pixels, dtype=torch.uint8).view(3, side, side), size)
 
-    def _ask(self, content: bytes) -> "_Result":
-        """Have this thread's process decode an image; return ``EOFError`` where that ends it."""
+    def _decoder(self) -> "_Decoder":
+        """Return this thread's process; where there is none it is started."""
         decoder: _Decoder | None = getattr(self._own, "decoder", None)
         if decoder is None:
             decoder = self._own.decoder = _Decoder(self._preprocessing, self._max_megapixels)
             self._all.add(decoder)
+        return decoder
+
+    def _ask(self, content: bytes) -> "_Result":
+        """Have this thread's process decode an image; return ``EOFError`` where that ends it."""
+        decoder = self._decoder()
         try:
             with self._memory.reader() as reserve:
                 decoder.connection.send_bytes(content)
@@ -124,6 +132,8 @@ class _Decoder:
         )
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the connection
+        with contextlib.suppress(EOFError):  # whoever uses it finds out
+            self.connection.recv()  # it is ready
 
     def kill(self) -> None:
         self._process.kill()
@@ -140,6 +150,8 @@ def _serve(connection: Connection, preprocessing: Preprocessing, max_megapixels:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff tells there what strangers wrote
     os.environ[MAX_MEGAPIXELS_VARIABLE] = str(max_megapixels)
     torch.set_num_threads(1)
+    load_image(_BLANK)  # Pillow looks for its formats when the first image comes
+    connection.send(None)
     with contextlib.suppress(EOFError, OSError):  # the service has ended
         while True:
             connection.send(_load(connection.recv_bytes(), preprocessing, connection))
