@@ -72,6 +72,10 @@ class RunningService:
             self.process.stdout.close()
         return code
 
+    def close(self) -> None:
+        """Tell it to end, and see to it that it does so well."""
+        assert self.stop() == 0
+
     def decoders(self) -> list[psutil.Process]:
         """Return the processes that decode images."""
         children = psutil.Process(self.process.pid).children()

@@ -1,8 +1,8 @@
 """The service's page, in a real browser."""
 
 import base64
+import contextlib
 
-import pytest
 from browser import chromium, wait_in_page
 from running import RunningService
 
@@ -17,19 +17,11 @@ GIVE = """([kind, name, data]) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def service(tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page")
-    (folder / "keys.txt").write_text("the-key\n")
-    running = RunningService(folder, tiny_model, "--api-key-file", folder / "keys.txt")
-    yield running
-    assert running.stop() == 0
-
-
-@pytest.fixture(scope="module")
-def tab(service):
-    """The page, with nothing gone wrong in it but what the tests do."""
-    with chromium() as browser:
+def test_the_page(tiny_model, drawn, tmp_path):
+    """One test, so that service and browser start once; nothing goes wrong but what it does."""
+    (tmp_path / "keys.txt").write_text("the-key\n")
+    service = RunningService(tmp_path, tiny_model, "--api-key-file", tmp_path / "keys.txt")
+    with contextlib.closing(service), chromium() as browser:
         tab = browser.new_page(viewport={"width": 390, "height": 800})
         problems = []
         tab.on("pageerror", lambda error: problems.append(str(error)))
@@ -37,7 +29,12 @@ def tab(service):
         tab.on("request", lambda request: problems.append(request.url) if away(request) else None)
         host, port = service.address
         tab.goto(f"http://{host}:{port}/")
-        yield tab
+        check_that_a_key_is_asked_for(tab, drawn)
+        check_that_other_captions_are_chosen_by_keyboard(tab)
+        for kind in ("drop", "paste"):
+            check_what_is_given(tab, drawn, kind)
+        check_a_file_that_cannot_be_read(tab, tmp_path)
+        check_that_it_fits_a_telephone(tab)
         assert all("status of 4" in text for text in problems), problems
         assert tab.title() == "captioner"
 
@@ -54,7 +51,7 @@ def wait_for_cards(tab, count: int) -> None:
     wait_in_page(tab, f"document.querySelectorAll('.card fieldset').length === {count}")
 
 
-def test_a_key_is_asked_for_and_several_files_are_captioned(tab, drawn):
+def check_that_a_key_is_asked_for(tab, drawn):
     tab.set_input_files("#files", drawn.paths[:2])
     tab.locator(".state.bad").nth(1).wait_for()
     assert "an API key is needed" in tab.locator(".state").first.text_content()
@@ -67,7 +64,7 @@ def test_a_key_is_asked_for_and_several_files_are_captioned(tab, drawn):
     assert tab.get_by_role("status").text_content().endswith(tuple(shown))
 
 
-def test_other_captions_are_chosen_by_keyboard(tab):
+def check_that_other_captions_are_chosen_by_keyboard(tab):
     radios = tab.locator(".card").first.get_by_role("radio")
     assert radios.count() == 3
     radios.first.focus()
@@ -79,8 +76,7 @@ def test_other_captions_are_chosen_by_keyboard(tab):
     wait_in_page(tab, "document.querySelectorAll('.card label').length === 10")
 
 
-@pytest.mark.parametrize("kind", ["drop", "paste"])
-def test_what_is_dropped_or_pasted_is_captioned_and_its_name_is_text(tab, drawn, kind):
+def check_what_is_given(tab, drawn, kind):
     before = tab.locator(".card").count()
     content = base64.b64encode(drawn.paths[3].read_bytes()).decode()
     tab.evaluate(GIVE, [kind, SCRIPT, content])
@@ -89,7 +85,7 @@ def test_what_is_dropped_or_pasted_is_captioned_and_its_name_is_text(tab, drawn,
     assert captions(tab)[0] == drawn.captions[drawn.paths[3].name]
 
 
-def test_a_file_that_cannot_be_read_says_why(tab, tmp_path):
+def check_a_file_that_cannot_be_read(tab, tmp_path):
     path = tmp_path / "bad.png"
     path.write_bytes(b"no image")
     tab.set_input_files("#camera", path)
@@ -98,7 +94,7 @@ def test_a_file_that_cannot_be_read_says_why(tab, tmp_path):
     tab.locator(".card:last-child").get_by_role("button", name="remove").click()
 
 
-def test_it_fits_a_telephone_and_names_its_parts(tab):
+def check_that_it_fits_a_telephone(tab):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     for button in tab.locator("button:visible").all():
         assert button.bounding_box()["height"] >= 44
