@@ -217,7 +217,8 @@ def test_every_package_that_the_library_imports_is_asked_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     asked = bounds([*project["dependencies"], *extras["report"], *extras["official"]])
-    asked |= bounds([*extras["heic"], *extras["metadata"], *extras["serve"], "ray>=2.40"])
+    asked |= bounds([*extras["heic"], *extras["metadata"], *extras["serve"], *extras["demo"]])
+    asked |= bounds(["ray>=2.40"])
     names = {
         "PIL": "pillow",
         "pillow_heif": "pillow-heif",
