@@ -231,7 +231,8 @@ class _Handler(RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Send an error of Tornado's own, such as a method that HTTP doesn't know, or of a bug."""
-        self.answer({"error": f"{self.method} was expected" if status_code == 405 else "a bug"})
+        is_method = status_code == 405
+        self.answer({"error": f"{self.method} was expected" if is_method else "internal error"})
 
     def log_exception(self, kind: Any, error: Any, trace: Any) -> None:
         """Write the traceback of a bug alone."""

@@ -7,6 +7,7 @@ application is asked.
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -90,7 +91,8 @@ class Server:
         while not signals.received:
             await asyncio.sleep(_POLL)
         self._state.is_draining = True
-        await asyncio.sleep(_GRACE)  # whom the system has let in already is still heard
+        await asyncio.sleep(_GRACE)  # clients are told meanwhile that their connections end
+        server.let_in(self._listener)
         server.stop()
         quiet = 0.0
         while quiet < _GRACE:
@@ -100,10 +102,21 @@ class Server:
 
 
 class _LimitedServer(HTTPServer):
-    """Closes connections at once that are too many."""
+    """Closes connections at once that are too many.
+
+    Attributes:
+        most: How many may be open.
+    """
 
     most = 0
     _open = 0
+
+    def let_in(self, listener: socket.socket) -> None:
+        """Accept all whom the system has let in: closing the listener would cut them off."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, address = listener.accept()
+                self.handle_stream(IOStream(connection), address)
 
     def handle_stream(self, stream: IOStream, address: Any) -> None:
         if self._open >= self.most:

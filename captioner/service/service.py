@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from captioner.config import SearchConfig
 from captioner.errors import ImageError, RequestError
 from captioner.inference.captioner import Caption, Captioner
 from captioner.inference.gallery import AttentionMaps, cut_of
@@ -22,7 +23,7 @@ from captioner.service.batching import Batcher, Wish
 from captioner.service.decoding import ImageDecoders
 from captioner.service.metrics import Metrics
 from captioner.service.requests import CaptionRequest, SentImage, read_request
-from captioner.service.settings import ServiceConfig
+from captioner.service.settings import MOST_HYPOTHESES, ServiceConfig
 
 _SMALL_BODY = 1 << 16  # is read faster than handed to a thread
 
@@ -81,13 +82,22 @@ class CaptionService:
 
     async def read(self, body: bytes, content_type: str) -> CaptionRequest:
         """Read a request's body: see ``read_request``."""
-        search, most = self.captioner.model.search, self.settings.max_images
+        wanted = body, content_type, self.captioner.model.search, self.settings.max_images
         if len(body) <= _SMALL_BODY:
-            return read_request(body, content_type, search, most)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._readers, read_request, body, content_type, search, most
-        )
+            request = read_request(*wanted)
+        else:
+            loop = asyncio.get_running_loop()
+            request = await loop.run_in_executor(self._readers, read_request, *wanted)
+        self._check_hypotheses(request.wish.search)
+        return request
+
+    def _check_hypotheses(self, search: SearchConfig) -> None:
+        words = sum(len(self.captioner.model.vocabulary.encode(text)) for text in search.forced)
+        if words and search.beam_size * (1 + words) > MOST_HYPOTHESES:
+            most = MOST_HYPOTHESES // search.beam_size - 1
+            raise RequestError(
+                400, f"forced: at most {most} words at beam_size={search.beam_size}, found {words}"
+            )
 
     async def caption(self, request: CaptionRequest) -> list[dict[str, Any]]:
         """Caption a request's images.

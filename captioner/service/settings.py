@@ -8,6 +8,7 @@ from captioner.errors import ConfigError
 # The most that a client may ask of a search; what isn't named here is limited by SearchConfig.
 MOST_OF_SEARCH = {"beam_size": 20, "n_best": 20, "groups": 20, "samples": 20, "max_length": 50}
 MOST_PHRASES = {"forced": 5, "forbidden": 100}
+MOST_HYPOTHESES = 200  # of an image; each word that is forced takes a beam more
 
 MEBIBYTE = 1 << 20
 

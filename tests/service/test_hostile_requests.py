@@ -120,6 +120,7 @@ def bad_settings(image: bytes) -> Iterator[HostileRequest]:
         *(("samples", 10_000, "samples: at most 20"), ("seed", 2**64, "seed")),
         *(("length_penalty", 1e308, "length_penalty: at most"), ("top_p", 0, "top_p")),
         *(("forced", "dog", "forced"), ("forced", ["red"] * 6, "forced: at most 5")),
+        ("forced", ["red " * 45, "red blue " * 12], "forced: at most 65 words at beam_size=3"),
         *(("forced", ["zebra"], "forced: 'zebra' can't"), ("forced", [""], "forced: a word")),
         *(("forced", [5], "forced"), ("forbidden", ["x" * 201], "forbidden: a phrase has more")),
         *(("forbidden", ["x"] * 101, "forbidden: at most 100"), ("groups", 2, "groups")),

@@ -1,6 +1,7 @@
 """The service: captions as Python's, in batches; its queue, its keys, its limits, and its end."""
 
 import contextlib
+import http.client
 import json
 import re
 import socket
@@ -58,17 +59,21 @@ def test_captions_in_mixed_batches_are_those_of_python_one_by_one(service, capti
     assert batches < len(jobs) / 2  # they were captioned together
 
 
+def texts_of(answer) -> list[list[str]]:
+    return [[each["text"] for each in image["captions"]] for image in answer.json["images"]]
+
+
 def test_several_images_of_a_request_by_form_and_by_json(service, captioner, drawn):
     paths = drawn.paths
     parts = [("images", path.name, path.read_bytes()) for path in paths]
     parts += [("samples", None, b"2"), ("n_best", None, b"2"), ("forbidden", None, b"red")]
     answer = service.ask("POST", "/caption", form(*parts), FORM)
     settings = {"samples": 2, "n_best": 2, "forbidden": ["red"]}
-    assert answer.json == service.caption(*paths, **settings).json
+    assert texts_of(answer) == texts_of(service.caption(*paths, **settings))
     expected = captioner.describe(paths, **settings)  # samples depend on the place
-    for image, path, best in zip(answer.json["images"], paths, expected, strict=True):
+    assert texts_of(answer) == [[each.text for each in best] for best in expected]
+    for image, path in zip(answer.json["images"], paths, strict=True):
         assert image["name"] == path.name
-        assert [each["text"] for each in image["captions"]] == [each.text for each in best]
         assert (image["height"], image["width"] >= 64) == (64, True)
     assert answer.body.count(b"\n") == 1
 
@@ -130,8 +135,8 @@ def test_the_page_names_all_that_a_browser_may_run(service):
 
 
 def test_each_request_is_one_line_of_the_log(service):
-    service.ask("GET", "/openapi.json")
-    wait_until(lambda: "GET /openapi.json 200" in service.errors.read_text())
+    service.ask("GET", "/before")
+    wait_until(lambda: "GET /before 404" in service.errors.read_text())
     before = service.errors.read_text().count("\n")
     for path in ("/health", "/%0Aforged", "/metrics"):
         service.ask("GET", path)
@@ -222,7 +227,10 @@ def test_a_service_under_load_that_is_told_to_end_loses_no_request(service, draw
                 connection = service.begin(request)
             except OSError:  # nobody listens any longer
                 return
-            statuses.append(read_answer(connection).status)
+            try:
+                statuses.append(read_answer(connection).status)
+            except (OSError, http.client.HTTPException) as error:
+                statuses.append(repr(error))
 
     threads = [threading.Thread(target=client) for _ in range(8)]
     for thread in threads:
