@@ -10,6 +10,7 @@
     ├── CacheError        a feature cache that can't be used
     ├── TrainingError     training that can't go on, such as a non-finite loss
     ├── ProcessError      another process of the same run has ended; "" if it says why itself
+    ├── RequestError      what a client asked of the service that it can't have; with an HTTP status
     └── SearchError       a model that gives no probabilities to search among
 
 The command line prints the message of a ``CaptionerError`` as one line and exits with its
@@ -62,6 +63,18 @@ class TrainingError(CaptionerError):
 
 class ProcessError(CaptionerError):
     """Another process of the same run has ended."""
+
+
+class RequestError(CaptionerError):
+    """A client's request is refused.
+
+    Attributes:
+        status: Of the answer, in HTTP.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(message)
 
 
 class SearchError(CaptionerError):

@@ -26,6 +26,7 @@ LEVELS = [
     {"search", "metrics"},
     {"models", "runtime"},
     {"training", "inference"},
+    {"service"},
     {"commands", "top"},
     {"tools", "experiments"},
 ]
@@ -227,14 +228,21 @@ def test_every_package_that_the_library_imports_is_asked_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     asked = bounds([*project["dependencies"], *extras["report"], *extras["official"]])
-    asked |= bounds([*extras["heic"], *extras["metadata"], *extras["onnx"], "ray>=2.40"])
-    names = {"PIL": "pillow", "pillow_heif": "pillow-heif"}
+    for extra in ("heic", "metadata", "onnx", "serve", "demo"):
+        asked |= bounds(extras[extra])
+    asked |= bounds(["ray>=2.40"])
+    names = {
+        "PIL": "pillow",
+        "pillow_heif": "pillow-heif",
+        "prometheus_client": "prometheus-client",
+    }
     here = {"captioner", "experiments", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
     for folder in ("captioner", "tools", "experiments"):
         for path in (ROOT / folder).rglob("*.py"):
             for name in {each.partition(".")[0] for each in imports(path)}:
                 if name not in here and name not in sys.stdlib_module_names:
-                    assert names.get(name, name) in asked, f"{path} imports {name}"
+                    package = names.get(name, name.replace("_", "-"))
+                    assert package in asked, f"{path} imports {name}"
 
 
 # --- experiments and README -------------------------------------------------------------------

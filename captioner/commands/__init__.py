@@ -19,6 +19,7 @@ COMMANDS = {
     "shapes": "draw the data set of rendered scenes",
     "check_shapes": "say whether captions of rendered scenes are true",
     "download": "fetch COCO images, captions and the Karpathy split",
+    "serve": "caption what is sent over HTTP, with a page",
     "models": "list the trained captioners that come with the package",
     "cache": "list the features that are kept on disk, and remove them",
 }

@@ -255,7 +255,16 @@ class Captioner:
 
         An image for which the model gives NaN has none.
         """
-        features = self.features(pixels)
+        return self.captions_of(self.features(pixels), search, keys, attention)
+
+    def captions_of(
+        self,
+        features: Sequence[Tensor],
+        search: SearchConfig,
+        keys: Tensor | None = None,
+        attention: bool = False,
+    ) -> list[list[Caption]]:
+        """Return the captions of images whose features are known, as ``captions`` does."""
         found = self.hypotheses(features, search, keys)
         maps = self._attention(features, found) if attention else None
         return [

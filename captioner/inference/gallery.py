@@ -22,6 +22,7 @@ import numpy as np
 
 from captioner.data.image_files import load_thumbnail
 from captioner.data.listing import batched
+from captioner.data.preprocessing import Preprocessing
 from captioner.errors import CaptionerError, ImageError
 from captioner.files import atomic_write
 from captioner.inference.records import Record
@@ -69,6 +70,12 @@ class AttentionMaps:
         return cls(words, (height, width), numbers, cut)
 
 
+def cut_of(preprocessing: Preprocessing) -> float:
+    """Return the ``cut`` of maps over images that were preprocessed so."""
+    is_cut = preprocessing.resize == "crop"
+    return preprocessing.image_size / preprocessing.resize_size if is_cut else 0.0
+
+
 # Gives the maps of some images; None for one that has none.
 Attention = Callable[[Sequence[Record]], Sequence[AttentionMaps | None]]
 
@@ -80,9 +87,7 @@ def attention_of(captioner: "Captioner | OnnxCaptioner", **settings: Any) -> Att
         captioner: The captioner.
         settings: Of the search, as the captions were found by.
     """
-    preprocessing = captioner.preprocessing
-    is_cut = preprocessing.resize == "crop"
-    cut = preprocessing.image_size / preprocessing.resize_size if is_cut else 0.0
+    cut = cut_of(captioner.preprocessing)
 
     def maps(records: Sequence[Record]) -> list[AttentionMaps | None]:
         paths = [record.path for record in records]

@@ -28,8 +28,8 @@ NO_FORMAT = "no known format"
 def hostile_files() -> list[HostileFile]:
     """Make all of them; their names differ."""
     groups = (
-        *(*hostile_images.GROUPS, strips, huge, lying_headers, cut_off, false_names, foreign),
-        *(odd_names, no_regular_files),
+        *(*hostile_images.GROUPS, strips, huge, bombs, lying_headers, cut_off, false_names),
+        *(foreign, odd_names, no_regular_files),
     )
     files = [file for group in groups for file in group()]
     assert len({file.name for file in files}) == len(files)
@@ -54,9 +54,7 @@ def strips() -> Iterable[HostileFile]:
 
 
 def huge() -> Iterable[HostileFile]:
-    """Some of these are read, in bounded memory; the others are refused before they are decoded."""
-    bomb = "more pixels than Pillow reads"
-    many = "megapixels are too many"
+    """These are read, in bounded memory."""
     yield HostileFile("huge.png", encoded(picture(YELLOW, 7000, 7000), "PNG"), YELLOW)
     yield HostileFile("huge.jpg", encoded(picture(LIME, 12_000, 9000), "JPEG"), LIME)
     large = picture(LIME).quantize(8).resize((6000, 4000))
@@ -64,6 +62,12 @@ def huge() -> Iterable[HostileFile]:
     content = encoded(picture(RED, 5000, 5000), "TIFF", compression="tiff_lzw")
     yield HostileFile("huge.tif", content, RED)
     yield HostileFile("huge.heic", encoded(picture(BLUE, 2400, 1800), "HEIF"), BLUE)
+
+
+def bombs() -> Iterable[HostileFile]:
+    """These are refused before they are decoded."""
+    bomb = "more pixels than Pillow reads"
+    many = "megapixels are too many"
     zeros = bytes(30_000 * (30_000 // 8 + 1))
     yield HostileFile("bomb.png", png_file(30_000, 30_000, 1, 0, zeros), reason=bomb)
     yield HostileFile("bomb of 80 MP.png", png_file(9000, 9000, 1, 0, zeros), reason=many)

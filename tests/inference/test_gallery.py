@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from browser import chromium, wait_in_page
 from PIL import Image
 from run_commands import run_caption
 
@@ -13,7 +14,6 @@ from captioner.commands import gallery
 from captioner.inference.gallery import write_gallery
 from captioner.inference.records import RankedCaption, Record
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SCRIPT = "<script>document.title='forged'<_script>.png"
 
 
@@ -83,28 +83,12 @@ def test_a_page_from_a_captions_file(page, checkpoint, folder, tmp_path, capsys)
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="needs playwright: pip install playwright"
-    )
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip("needs the browser Chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 def visible(tab) -> list[str]:
     return tab.locator(".card:not([hidden]) b").all_text_contents()
-
-
-def wait_until(tab, expression: str) -> None:
-    """As ``wait_for_function``, which the page's Content-Security-Policy forbids."""
-    give_up = time.monotonic() + 30
-    while not tab.evaluate(expression):
-        assert time.monotonic() < give_up, expression
-        time.sleep(0.02)
 
 
 def test_search_order_and_overlay(browser, page):
@@ -139,7 +123,7 @@ def test_search_order_and_overlay(browser, page):
     tab.keyboard.press("Escape")
     assert not tab.locator("#overlay").is_visible()
     tab.locator(".card", has_text="z.tiff").click()
-    wait_until(tab, "picture.naturalWidth > 0")  # its thumbnail
+    wait_in_page(tab, "picture.naturalWidth > 0")  # its thumbnail
     tab.locator("#close").click()
     tab.select_option("#order", "name")
     assert tab.locator(".card small").first.text_content() == names[0]
@@ -162,7 +146,7 @@ def test_attention_lies_over_what_the_cnn_saw(browser, page, cut):
     tab = browser.new_page()
     tab.goto(page.as_uri())
     tab.locator(".card").first.click()
-    wait_until(tab, "picture.naturalWidth > 0")
+    wait_in_page(tab, "picture.naturalWidth > 0")
     tab.locator("#words button").first.click()
     context = "canvas.getContext('2d')"
     row = tab.evaluate(f"[...{context}.getImageData(0, canvas.height / 2, canvas.width, 1).data]")

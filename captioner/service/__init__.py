@@ -1,0 +1,1 @@
+"""Captions over HTTP: ``captioner serve``."""
