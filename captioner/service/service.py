@@ -18,7 +18,7 @@ from captioner.config import SearchConfig
 from captioner.errors import ImageError, RequestError
 from captioner.inference.captioner import Caption, Captioner
 from captioner.inference.gallery import AttentionMaps, cut_of
-from captioner.search import NO_PROBABILITIES
+from captioner.search.hypothesis import NO_PROBABILITIES
 from captioner.service.batching import Batcher, Wish
 from captioner.service.decoding import ImageDecoders
 from captioner.service.metrics import Metrics
