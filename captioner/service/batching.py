@@ -98,6 +98,12 @@ class Batcher:
             self._changed.notify()
         return job.captions
 
+    def hurry(self) -> None:
+        """Let no image wait for others from now on."""
+        with self._changed:
+            self._max_wait = 0.0
+            self._changed.notify()
+
     def close(self) -> None:
         """Caption what has been submitted, and end the thread."""
         with self._changed:
@@ -123,9 +129,7 @@ class Batcher:
                 if not self._jobs:
                     return []
                 left = self._jobs[0].arrived + self._max_wait - time.monotonic()
-                self._changed.wait_for(
-                    lambda: len(self._jobs) >= self._max_batch or self._closed, max(0.0, left)
-                )
+                self._changed.wait_for(self._is_enough, max(0.0, left))
                 batch: list[_Job] = []
                 while self._jobs and len(batch) < self._max_batch:
                     job = self._jobs.popleft()
@@ -133,6 +137,9 @@ class Batcher:
                         batch.append(job)
                 if batch:
                     return batch
+
+    def _is_enough(self) -> bool:
+        return len(self._jobs) >= self._max_batch or self._closed or not self._max_wait
 
     def _caption(self, jobs: Sequence[_Job]) -> None:
         features = self._captioner.features(torch.stack([job.pixels for job in jobs]))

@@ -91,6 +91,7 @@ class Server:
         while not signals.received:
             await asyncio.sleep(_POLL)
         self._state.is_draining = True
+        self._state.service.hurry()
         await asyncio.sleep(_GRACE)  # clients are told meanwhile that their connections end
         server.let_in(self._listener)
         server.stop()

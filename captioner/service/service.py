@@ -60,6 +60,10 @@ class CaptionService:
         self._readers = ThreadPoolExecutor(1, "reading")
         self._seconds_per_image = 0.1  # a guess until the first batch
 
+    def hurry(self) -> None:
+        """Let no image wait for others from now on: the end is near."""
+        self._batcher.hurry()
+
     def close(self) -> None:
         """Caption what was accepted, and end all threads and processes."""
         self._readers.shutdown()
