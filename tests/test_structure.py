@@ -24,8 +24,8 @@ LEVELS = [
     {"ground"},
     {"data"},
     {"search", "metrics"},
-    {"models"},
-    {"training", "inference"},
+    {"models", "runtime"},
+    {"training", "inference", "page"},
     {"commands", "top"},
     {"tools", "experiments"},
 ]

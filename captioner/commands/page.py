@@ -16,7 +16,7 @@ from pathlib import Path
 from captioner.checkpoint_directory import default_checkpoint, find_checkpoint
 from captioner.cli import HelpFormatter, Parser, command
 from captioner.errors import UsageError
-from captioner.page.onnxruntime_web import VERSION, read_onnxruntime_web
+from captioner.page.onnxruntime_web import ONNXRUNTIME_WEB, read_onnxruntime_web
 from captioner.page.writer import is_page, write_page
 from captioner.progress import print_line
 from captioner.runtime.exported import ExportConfig, is_exported
@@ -40,8 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         "--onnxruntime-web",
         type=Path,
         metavar="PATH",
-        help=f"the npm package onnxruntime-web {VERSION}, its archive or folder; nothing is "
-        "fetched then",
+        help=f"the npm package onnxruntime-web {ONNXRUNTIME_WEB.version}, its archive or folder; "
+        "nothing is fetched then",
     )
     return parser
 

@@ -1,21 +1,22 @@
 """Writes the page: its own files, the captioner, onnxruntime-web, and a list of them.
 
-    index.html, …       as they are in ``static/``
-    model/              the exported captioner, see ``captioner.runtime.exported``
-    onnxruntime-web/    what computes in the browser
-    page.json           the files and their bytes, the page's version, and what captions may contain
+index.html, …       as they are in ``static/``
+model/              the exported captioner, see ``captioner.runtime.exported``
+onnxruntime-web/    what computes in the browser
+page.json           the files and their bytes, the page's version, and what captions may contain
 """
 
 import dataclasses
 import hashlib
+import io
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from captioner.checksums import CHECKSUMS_FILE
+from captioner.checksums import CHECKSUMS_FILE, check_sha256, read_checksums
 from captioner.data.vocabulary import Vocabulary
 from captioner.errors import CheckpointError
-from captioner.files import atomic_directory, error_naming, read_json, write_json
+from captioner.files import atomic_directory, error_naming, open_regular, read_json, write_json
 from captioner.runtime.beam_search import check_settings
 from captioner.runtime.exported import (
     ENCODER_FILE,
@@ -51,9 +52,8 @@ def write_page(
     with atomic_directory(directory) as folder:
         shutil.copytree(STATIC, folder, dirs_exist_ok=True)
         (folder / "model").mkdir()
-        for name in MODEL_FILES:
-            with error_naming(exported / name, CheckpointError):
-                shutil.copyfile(exported / name, folder / "model" / name)
+        for name, content in _read_model(exported).items():
+            (folder / "model" / name).write_bytes(content)
         (folder / "onnxruntime-web").mkdir()
         shutil.move(folder / "onnxruntime-web.LICENSE.txt", folder / "onnxruntime-web/LICENSE.txt")
         for name, content in onnxruntime_web.items():
@@ -74,6 +74,18 @@ def _constraints(exported: Path) -> Constraints:
     check_settings(config.search)
     vocabulary = Vocabulary(read_json(exported / VOCABULARY_FILE, CheckpointError))
     return Constraints.from_config(config.search, vocabulary)
+
+
+def _read_model(exported: Path) -> dict[str, bytes]:
+    """Return an exported captioner's files, which are those that were written."""
+    contents = {}
+    for name in MODEL_FILES:
+        with error_naming(exported / name, CheckpointError), open_regular(exported / name) as file:
+            contents[name] = file.read()
+    checksums = read_checksums(io.BytesIO(contents[CHECKSUMS_FILE]), exported)
+    for name, content in contents.items():
+        check_sha256(hashlib.sha256(content).hexdigest(), exported / name, checksums)
+    return contents
 
 
 def _write_version(folder: Path) -> None:

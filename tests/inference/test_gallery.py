@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from browsers import wait_until
 from run_commands import run_caption
 
 from captioner.commands import gallery
 from captioner.inference.gallery import write_gallery
 from captioner.inference.records import RankedCaption, Record
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SCRIPT = "<script>document.title='forged'<_script>.png"
 
 
@@ -81,30 +81,8 @@ def test_a_page_from_a_captions_file(page, checkpoint, folder, tmp_path, capsys)
 # --- in a browser -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="needs playwright: pip install playwright"
-    )
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip("needs the browser Chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def visible(tab) -> list[str]:
     return tab.locator(".card:not([hidden]) b").all_text_contents()
-
-
-def wait_until(tab, expression: str) -> None:
-    """As ``wait_for_function``, which the page's Content-Security-Policy forbids."""
-    give_up = time.monotonic() + 30
-    while not tab.evaluate(expression):
-        assert time.monotonic() < give_up, expression
-        time.sleep(0.02)
 
 
 def test_search_order_and_overlay(browser, page):

@@ -1,12 +1,12 @@
 /**
  * From an image to the pixels that the CNN sees: captioner/data/preprocessing.py in JavaScript.
  *
- * Scaling is Pillow's, whole number by whole number, so that the same image gives the same pixels:
- * first along the rows, then along the columns, each time with weights in fixed point and a result
+ * Scaling is Pillow's (13.0), whole number by whole number, so that the same image gives the same
+ * pixels: along the rows and along the columns, each time with weights in fixed point and a result
  * of 8 bits.
  *
  * An image is what tells its `width` and `height` and has `read(top, rows)`, which returns some
- * rows as red, green, blue and a fourth byte a pixel.
+ * rows as red, green, blue and a fourth byte, which counts for nothing, a pixel.
  */
 
 const PRECISION_BITS = 22; // of the weights, behind the point
@@ -56,28 +56,31 @@ export function readable(bitmap) {
  */
 export function toPixels(image, preprocessing) {
   const { resize, image_size: size, resize_size: resized, interpolation } = preprocessing;
-  if (resize === "squash") return planes(scale(image, size, size, interpolation), size);
+  if (resize === "squash") return planes(scale(image, size, size, interpolation));
   const cut = withoutEnds(image), short = Math.min(cut.width, cut.height);
   const [width, height] = [cut.width, cut.height].map((side) => Math.floor((resized * side) / short));
-  return planes(centre(scale(cut, width, height, interpolation), size, size), size);
+  return planes(centre(scale(cut, width, height, interpolation), size, size));
 }
 
 /** Return an image at another size. */
 export function scale(image, width, height, interpolation) {
-  const across = scaleRows(image, width, interpolation);
-  return scaleColumns(across, width, image.height, height, interpolation);
+  const across = (each) => scaleRows(each, width, interpolation);
+  const down = (each) => scaleColumns(each, height, interpolation);
+  // What shrinks much more along its columns is shrunk there first, as in Pillow since 13.0.
+  const isTall = image.height - height > Math.max(0, 2 * (image.width - width));
+  return isTall ? across(down(image)) : down(across(image));
 }
 
-/** Return the rows of an image at another width, red, green and blue a pixel. */
+/** Return an image at another width. */
 function scaleRows(image, width, interpolation) {
+  if (width === image.width) return image;
   const { starts, counts, weights, most } = filter(image.width, width, interpolation);
-  const result = new Uint8Array(3 * width * image.height);
+  const result = new Uint8Array(4 * width * image.height);
   const rows = Math.max(1, Math.floor(STRIP_PIXELS / image.width));
-  let to = 0;
-  for (let top = 0; top < image.height; top += rows) {
+  for (let top = 0, to = 0; top < image.height; top += rows) {
     const height = Math.min(rows, image.height - top), strip = image.read(top, height);
     for (let row = 0; row < height; row++) {
-      for (let column = 0; column < width; column++) {
+      for (let column = 0; column < width; column++, to += 4) {
         let red = HALF, green = HALF, blue = HALF;
         let from = 4 * (row * image.width + starts[column]);
         const first = most * column, end = first + counts[column];
@@ -87,29 +90,36 @@ function scaleRows(image, width, interpolation) {
           green += weight * strip[from + 1];
           blue += weight * strip[from + 2];
         }
-        result[to++] = toByte(red);
-        result[to++] = toByte(green);
-        result[to++] = toByte(blue);
+        result[to] = toByte(red);
+        result[to + 1] = toByte(green);
+        result[to + 2] = toByte(blue);
       }
     }
   }
-  return result;
+  return stored(result, width, image.height);
 }
 
-/** Return pixels (before, width, 3) at another height, as an image. */
-function scaleColumns(pixels, width, before, height, interpolation) {
-  const { starts, counts, weights, most } = filter(before, height, interpolation);
-  const result = new Uint8Array(3 * width * height), stride = 3 * width;
+/** Return an image at another height. */
+function scaleColumns(image, height, interpolation) {
+  if (height === image.height) return image;
+  const { starts, counts, weights, most } = filter(image.height, height, interpolation);
+  const stride = 4 * image.width, result = new Uint8Array(stride * height);
   const sums = new Float64Array(stride);
   for (let row = 0; row < height; row++) {
+    const strip = image.read(starts[row], counts[row]);
     sums.fill(HALF);
     for (let number = 0; number < counts[row]; number++) {
-      const weight = weights[most * row + number], from = stride * (starts[row] + number);
-      for (let place = 0; place < stride; place++) sums[place] += weight * pixels[from + place];
+      const weight = weights[most * row + number], from = stride * number;
+      for (let place = 0; place < stride; place++) sums[place] += weight * strip[from + place];
     }
     for (let place = 0; place < stride; place++) result[stride * row + place] = toByte(sums[place]);
   }
-  return { width, height, pixels: result };
+  return stored(result, image.width, height);
+}
+
+/** Return the image whose bytes these are. */
+function stored(bytes, width, height) {
+  return { width, height, read: (top, rows) => bytes.subarray(4 * width * top, 4 * width * (top + rows)) };
 }
 
 const HALF = 2 ** (PRECISION_BITS - 1); // so that what is cut off rounds
@@ -147,14 +157,18 @@ function filter(before, after, interpolation) {
 /** Return a long strip without its ends. */
 function withoutEnds(image) {
   const longest = LONGEST_STRIP * Math.min(image.width, image.height);
-  const width = Math.min(image.width, longest), height = Math.min(image.height, longest);
-  if (width === image.width && height === image.height) return image;
+  return centre(image, Math.min(image.width, longest), Math.min(image.height, longest));
+}
+
+/** Return the middle of an image. */
+function centre(image, width, height) {
   const left = middle(image.width, width), above = middle(image.height, height);
+  if (width === image.width) return { width, height, read: (top, rows) => image.read(above + top, rows) };
   return {
     width,
     height,
     read(top, rows) {
-      const whole = image.read(above + top, rows), part = new Uint8ClampedArray(4 * width * rows);
+      const whole = image.read(above + top, rows), part = new Uint8Array(4 * width * rows);
       for (let row = 0; row < rows; row++) {
         const from = 4 * (row * image.width + left);
         part.set(whole.subarray(from, from + 4 * width), 4 * width * row);
@@ -164,17 +178,6 @@ function withoutEnds(image) {
   };
 }
 
-/** Return the middle of scaled pixels. */
-function centre({ width: before, height: rows, pixels }, width, height) {
-  const left = middle(before, width), top = middle(rows, height);
-  const result = new Uint8Array(3 * width * height);
-  for (let row = 0; row < height; row++) {
-    const from = 3 * ((top + row) * before + left);
-    result.set(pixels.subarray(from, from + 3 * width), 3 * width * row);
-  }
-  return { width, height, pixels: result };
-}
-
 /** Return where the middle part of a line begins; a half is rounded to the even number. */
 function middle(whole, part) {
   const half = (whole - part) / 2, below = Math.floor(half);
@@ -182,11 +185,12 @@ function middle(whole, part) {
 }
 
 /** Return red, green and blue as planes, one after the other. */
-function planes({ pixels }, size) {
-  const count = size * size, result = new Uint8Array(3 * count);
+function planes(image) {
+  const count = image.width * image.height, bytes = image.read(0, image.height);
+  const result = new Uint8Array(3 * count);
   for (let place = 0; place < count; place++) {
     for (let colour = 0; colour < 3; colour++) {
-      result[colour * count + place] = pixels[3 * place + colour];
+      result[colour * count + place] = bytes[4 * place + colour];
     }
   }
   return result;
