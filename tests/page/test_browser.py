@@ -1,66 +1,18 @@
-"""The page in a real browser: pixels, captions, offline use, accessibility, hostile names."""
+"""The page computes in a real browser what Python computes: pixels and captions."""
 
-import dataclasses
-import json
 import shutil
 
 import numpy as np
 import PIL
 import pytest
-from browsers import wait_until
 from PIL import Image
-from served_pages import onnxruntime_web, open_page, served
+from served_pages import open_page, served
 
-from captioner.checksums import write_checksums
 from captioner.data.preprocessing import Preprocessing
-from captioner.errors import DataError
-from captioner.inference.onnx_export import export_captioner
-from captioner.page.npm import Package
-from captioner.page.writer import write_page
 from captioner.runtime import OnnxCaptioner
 
 pytest.importorskip("onnxscript", reason="needs onnxscript")
 pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-
-SCRIPT = "<script>document.title='forged'<_script>.png"
-AXE = Package(
-    "axe-core",
-    "4.14.1",
-    "sha512-FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ==",
-    708_405,
-)
-CONSTRAINED = {
-    "min_length": 5,
-    "no_repeat_ngram": 2,
-    "no_repeat_word": True,
-    "no_dangling_end": True,
-    "forbidden": ["red square", "lime"],
-}
-
-
-@pytest.fixture(scope="module")
-def site(browser, tiny_model, tmp_path_factory):
-    """A page with the tiny captioner, and one whose search has constraints; the browser first."""
-    folder = tmp_path_factory.mktemp("site")
-    export_captioner(tiny_model, folder / "exported", "int8")
-    shutil.copytree(folder / "exported", folder / "constrained")
-    path = folder / "constrained/export.json"
-    content = json.loads(path.read_text())
-    content["search"] |= CONSTRAINED
-    path.write_text(json.dumps(content))
-    write_checksums(folder / "constrained")
-    files = onnxruntime_web()
-    write_page(folder / "page", folder / "exported", files)
-    write_page(folder / "constrained_page", folder / "constrained", files)
-    return folder
-
-
-@pytest.fixture
-def context(browser):
-    context = browser.new_context()
-    yield context
-    context.close()
-
 
 CAPTION = """async ([names, changes]) => {
   const { openCaptioner } = await import("./client.js");
