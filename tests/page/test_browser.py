@@ -21,7 +21,8 @@ CAPTION = """async ([names, changes]) => {
   for (const name of names) {
     const image = await (await fetch("images/" + name)).blob();
     const { captions } = await client.caption(image, changes);
-    found.push(captions.map((each) => ({ ...each, attention: each.attention.map((map) => [...map]) })));
+    const lists = (attention) => attention.map((map) => [...map]);
+    found.push(captions.map((each) => ({ ...each, attention: lists(each.attention) })));
   }
   return found;
 }"""

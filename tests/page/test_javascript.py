@@ -21,6 +21,11 @@ from captioner.search_config import SearchConfig
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "dog", "with", "cat", "red", "on", "ball", "the"]
 
 
+READ_VALUE = """import { readFileSync } from "fs";
+const value = JSON.parse(readFileSync("value.json"));
+"""
+
+
 @pytest.fixture(scope="module")
 def run_node(tmp_path_factory):
     """Return a function that gives JSON to a script and returns the JSON that it prints."""
@@ -33,8 +38,7 @@ def run_node(tmp_path_factory):
 
     def run(script: str, value: object) -> list:
         (folder / "value.json").write_text(json.dumps(value))
-        head = 'import { readFileSync } from "fs";\nconst value = JSON.parse(readFileSync("value.json"));\n'
-        (folder / "script.js").write_text(head + script)
+        (folder / "script.js").write_text(READ_VALUE + script)
         words = [node, "script.js"]
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -95,10 +95,14 @@ def test_photographs_get_captions_words_and_maps(context, site, drawn, files):
 def test_all_by_keyboard(context, site, files):
     with served(site / "page") as address:
         tab, _ = open_page(context, address)
+        choosers = []
+        tab.on("filechooser", choosers.append)
         tab.keyboard.press("Tab")
-        with tab.expect_file_chooser() as chooser:
-            tab.keyboard.press("Enter")
-        chooser.value.set_files(files[:1])
+        assert tab.evaluate("document.activeElement.id") == "choose"
+        tab.keyboard.press("Enter")
+        while not choosers:
+            tab.wait_for_timeout(50)
+        choosers[0].set_files(files[:1])
         wait_until(tab, "document.querySelectorAll('.others button').length === 3")
         tab.keyboard.press("Tab")
         assert tab.evaluate("document.activeElement.id") == "beams"
