@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from browsers import wait_until
+from PIL import Image
 from run_commands import run_caption
 
 from captioner.commands import gallery

@@ -96,7 +96,7 @@ def test_all_by_keyboard(context, site, files):
     with served(site / "page") as address:
         tab, _ = open_page(context, address)
         choosers = []
-        tab.on("filechooser", choosers.append)
+        tab.on("filechooser", lambda chooser: choosers.append(chooser))
         tab.keyboard.press("Tab")
         assert tab.evaluate("document.activeElement.id") == "choose"
         tab.keyboard.press("Enter")
