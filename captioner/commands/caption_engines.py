@@ -70,7 +70,8 @@ def _torch_engine(
     from captioner.inference.folder import caption_stream
     from captioner.inference.gallery import attention_of
 
-    captioner = Captioner.from_pretrained(checkpoints, args.device, args.precision)
+    directories = [find_checkpoint(path) for path in checkpoints]
+    captioner = Captioner.from_pretrained(directories, args.device, args.precision)
     search = captioner.search(**settings)
 
     def stream(images: "Iterable[ImageFile]") -> "Iterator[list[Record]]":
@@ -82,7 +83,7 @@ def _torch_engine(
         return ray_stream(checkpoints, images, search, *sizes, args.precision)
 
     precision = str(captioner.precision).removeprefix("torch.")
-    paths = [find_checkpoint(path) / WEIGHTS_FILE for path in checkpoints]
+    paths = [directory / WEIGHTS_FILE for directory in directories]
     attention = None
     if len(checkpoints) == 1:
         attention = attention_of(captioner, **dataclasses.asdict(search))

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from PIL import Image
-from torchvision.transforms import functional as transforms
+from PIL import Image, ImageEnhance
 
 from captioner.config import AugmentationConfig
 
 # The width of a crop by its height, beside that of the image that isn't cropped.
 LEAST_ASPECT, MOST_ASPECT = 3 / 4, 4 / 3
 CROPS_TRIED = 10
+_COLOURS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 Box = tuple[float, float, float, float]
 
@@ -99,12 +99,11 @@ class Augmentation:
         """Return an image flipped, or not, and with other colours."""
         flip, *colours = self._drawn[-4:].tolist()
         if self.settings.flip and self.flippable and flip < 0.5:
-            image = transforms.hflip(image)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.settings.colour:
             factors = [1 + self.settings.colour * (2 * colour - 1) for colour in colours]
-            image = transforms.adjust_brightness(image, factors[0])
-            image = transforms.adjust_contrast(image, factors[1])
-            image = transforms.adjust_saturation(image, factors[2])
+            for enhance, factor in zip(_COLOURS, factors, strict=True):
+                image = enhance(image).enhance(factor)
         return image
 
 

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from captioner.checks import check_between
+from captioner.data.augmentation import Augmentation
 from captioner.data.image_files import ImageSource, Reserve, load_image
 from captioner.errors import ConfigError
 from captioner.memory import give_back_freed_memory
 
 if TYPE_CHECKING:
     import torch
-
-    from captioner.data.augmentation import Augmentation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -84,7 +83,7 @@ class Preprocessing:
                 )
 
     def __call__(
-        self, image: Image.Image, augmentation: "Augmentation | None" = None
+        self, image: Image.Image, augmentation: Augmentation | None = None
     ) -> "torch.Tensor":
         """Return the pixels of an RGB image as a tensor: (3, image_size, image_size), uint8.
 
@@ -96,7 +95,7 @@ class Preprocessing:
 
         return pil_to_tensor(self.square(image, augmentation))
 
-    def square(self, image: Image.Image, augmentation: "Augmentation | None" = None) -> Image.Image:
+    def square(self, image: Image.Image, augmentation: Augmentation | None = None) -> Image.Image:
         """Return what the CNN sees of an RGB image, image_size x image_size pixels.
 
         The arguments are those of a call.
@@ -114,7 +113,7 @@ class Preprocessing:
             image = _centre(image, self.image_size, self.image_size)
         return augmentation.change(image) if augmentation else image
 
-    def _crop(self, image: Image.Image, augmentation: "Augmentation") -> Image.Image:
+    def _crop(self, image: Image.Image, augmentation: Augmentation) -> Image.Image:
         """Scale a random part of an image to the square."""
         image = image if self.resize == "squash" else _without_ends(image)
         width, height = image.size
@@ -127,7 +126,7 @@ class Preprocessing:
         source: ImageSource,
         reserve: Reserve | None = None,
         name: str = "",
-        augmentation: "Augmentation | None" = None,
+        augmentation: Augmentation | None = None,
     ) -> "torch.Tensor":
         """Return the pixels of an image: (3, image_size, image_size), uint8.
 
@@ -150,7 +149,7 @@ class Preprocessing:
         source: ImageSource,
         reserve: Reserve | None = None,
         name: str = "",
-        augmentation: "Augmentation | None" = None,
+        augmentation: Augmentation | None = None,
     ) -> Image.Image:
         """Read an image, as large as the square of it needs.
 

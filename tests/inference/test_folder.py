@@ -220,7 +220,7 @@ def test_a_run_stands_for_its_best_checkpoint(checkpoint, drawn, tmp_path, capsy
     shutil.rmtree(best)
     (best.parent / "run.json").write_text("{}")
     assert caption.main([str(word) for word in words]) == 1
-    assert capsys.readouterr().err == f"{line}error: {best}: no such checkpoint directory\n"
+    assert capsys.readouterr().err == f"{2 * line}error: {best}: no such checkpoint directory\n"
 
 
 def test_several_captions_of_an_image_are_printed_with_their_scores(
