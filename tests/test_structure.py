@@ -227,7 +227,8 @@ def test_every_package_that_the_library_imports_is_asked_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     asked = bounds([*project["dependencies"], *extras["report"], *extras["official"]])
-    asked |= bounds([*extras["heic"], *extras["metadata"], *extras["onnx"], "ray>=2.40"])
+    asked |= bounds([*extras["heic"], *extras["metadata"], *extras["onnx"], *extras["page"]])
+    asked |= bounds(["ray>=2.40"])
     names = {"PIL": "pillow", "pillow_heif": "pillow-heif"}
     here = {"captioner", "experiments", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
     for folder in ("captioner", "tools", "experiments"):
