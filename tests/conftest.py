@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browsers import chromium
 from PIL import Image, ImageDraw
 
 from captioner.config import DecoderConfig, SearchConfig
@@ -137,3 +138,9 @@ def checkpoint(tiny_model: CaptioningModel, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def captioner(tiny_model: CaptioningModel) -> Captioner:
     return Captioner(tiny_model, "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser

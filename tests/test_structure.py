@@ -25,7 +25,7 @@ LEVELS = [
     {"data"},
     {"search", "metrics"},
     {"models", "runtime"},
-    {"training", "inference"},
+    {"training", "inference", "page"},
     {"service"},
     {"commands", "top"},
     {"tools", "experiments"},
@@ -228,7 +228,7 @@ def test_every_package_that_the_library_imports_is_asked_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     asked = bounds([*project["dependencies"], *extras["report"], *extras["official"]])
-    for extra in ("heic", "metadata", "onnx", "serve", "demo"):
+    for extra in ("heic", "metadata", "onnx", "serve", "demo", "page"):
         asked |= bounds(extras[extra])
     asked |= bounds(["ray>=2.40"])
     names = {

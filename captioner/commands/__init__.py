@@ -13,6 +13,7 @@ COMMANDS = {
     "runs": "show the runs of a folder side by side",
     "caption": "caption images and folders of them",
     "export": "write a captioner as ONNX graphs, to caption without torch",
+    "page": "write a page that captions photographs in the browser",
     "merge": "join the captions of several jobs, each over a part of the images",
     "gallery": "make a page to look at captions and their images",
     "evaluate": "score captions against references",

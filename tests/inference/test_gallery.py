@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from browser import chromium, wait_in_page
+from browsers import wait_until
 from PIL import Image
 from run_commands import run_caption
 
@@ -81,12 +81,6 @@ def test_a_page_from_a_captions_file(page, checkpoint, folder, tmp_path, capsys)
 # --- in a browser -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
 def visible(tab) -> list[str]:
     return tab.locator(".card:not([hidden]) b").all_text_contents()
 
@@ -123,7 +117,7 @@ def test_search_order_and_overlay(browser, page):
     tab.keyboard.press("Escape")
     assert not tab.locator("#overlay").is_visible()
     tab.locator(".card", has_text="z.tiff").click()
-    wait_in_page(tab, "picture.naturalWidth > 0")  # its thumbnail
+    wait_until(tab, "picture.naturalWidth > 0")  # its thumbnail
     tab.locator("#close").click()
     tab.select_option("#order", "name")
     assert tab.locator(".card small").first.text_content() == names[0]
@@ -146,7 +140,7 @@ def test_attention_lies_over_what_the_cnn_saw(browser, page, cut):
     tab = browser.new_page()
     tab.goto(page.as_uri())
     tab.locator(".card").first.click()
-    wait_in_page(tab, "picture.naturalWidth > 0")
+    wait_until(tab, "picture.naturalWidth > 0")
     tab.locator("#words button").first.click()
     context = "canvas.getContext('2d')"
     row = tab.evaluate(f"[...{context}.getImageData(0, canvas.height / 2, canvas.width, 1).data]")

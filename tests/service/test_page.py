@@ -3,7 +3,7 @@
 import base64
 import contextlib
 
-from browser import chromium, wait_in_page
+from browsers import wait_until
 from running import RunningService
 
 SCRIPT = "<img src=x onerror=document.title='forged'>.png"
@@ -17,11 +17,11 @@ GIVE = """([kind, name, data]) => {
 }"""
 
 
-def test_the_page(tiny_model, drawn, tmp_path):
+def test_the_page(tiny_model, drawn, tmp_path, browser):
     """One test, so that service and browser start once; nothing goes wrong but what it does."""
     (tmp_path / "keys.txt").write_text("the-key\n")
     service = RunningService(tmp_path, tiny_model, "--api-key-file", tmp_path / "keys.txt")
-    with contextlib.closing(service), chromium() as browser:
+    with contextlib.closing(service):
         tab = browser.new_page(viewport={"width": 390, "height": 800})
         problems = []
         tab.on("pageerror", lambda error: problems.append(str(error)))
@@ -48,7 +48,7 @@ def captions(tab) -> list[str]:
 
 
 def wait_for_cards(tab, count: int) -> None:
-    wait_in_page(tab, f"document.querySelectorAll('.card fieldset').length === {count}")
+    wait_until(tab, f"document.querySelectorAll('.card fieldset').length === {count}")
 
 
 def check_that_a_key_is_asked_for(tab, drawn):
@@ -73,7 +73,7 @@ def check_that_other_captions_are_chosen_by_keyboard(tab):
     chosen = radios.nth(1).get_attribute("value")
     assert tab.locator(".card img").first.get_attribute("alt") == chosen
     tab.select_option("#count", "5")
-    wait_in_page(tab, "document.querySelectorAll('.card label').length === 10")
+    wait_until(tab, "document.querySelectorAll('.card label').length === 10")
 
 
 def check_what_is_given(tab, drawn, kind):
@@ -89,7 +89,7 @@ def check_a_file_that_cannot_be_read(tab, tmp_path):
     path = tmp_path / "bad.png"
     path.write_bytes(b"no image")
     tab.set_input_files("#camera", path)
-    wait_in_page(tab, "document.querySelector('.card:last-child .bad')")
+    wait_until(tab, "document.querySelector('.card:last-child .bad')")
     assert tab.locator(".card:last-child .bad").text_content().startswith("bad.png: not a readable")
     tab.locator(".card:last-child").get_by_role("button", name="remove").click()
 

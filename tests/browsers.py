@@ -1,4 +1,4 @@
-"""A real browser, for tests of pages; they skip without."""
+"""Chromium for tests of pages."""
 
 import contextlib
 import shutil
@@ -13,7 +13,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
-    """Give Chromium, as Playwright drives it."""
+    """Start Chromium; skip the test where it is missing."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="needs playwright: pip install playwright"
     )
@@ -26,9 +26,9 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-def wait_in_page(tab: Any, expression: str) -> None:
-    """As ``wait_for_function``, which a page's Content-Security-Policy forbids."""
-    give_up = time.monotonic() + 30
+def wait_until(tab, expression: str, seconds: float = 30) -> None:
+    """As ``wait_for_function``, which the pages' Content-Security-Policy forbids."""
+    give_up = time.monotonic() + seconds
     while not tab.evaluate(expression):
         assert time.monotonic() < give_up, expression
         time.sleep(0.02)
