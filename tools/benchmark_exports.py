@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     images = read_annotations(args.annotations, args.split).images[: args.limit]
     paths = [args.images / str(image.file_name) for image in images]
-    references = {number: image.captions for number, image in enumerate(images)}
+    references: dict[int | str, Any] = {
+        number: image.captions for number, image in enumerate(images)
+    }
     print(
         "| captioner | precision | MB | equal, beam 1 | equal, beam 5 | ties | BLEU-4 | CIDEr-D | "
         "images/s | of torch | first caption, s | memory, MB |\n" + "|---" * 12 + "|"
@@ -131,9 +133,11 @@ def _compare(
     return equal[0], equal[1], ties, found
 
 
-def _scores(found: Found, references: dict[int, Any]) -> tuple[str, str, str]:
+def _scores(found: Found, references: dict[int | str, Any]) -> tuple[str, str, str]:
     """Return BLEU-4 and CIDEr-D, times 100, and the rate."""
-    captions = {number: caption.text for number, caption in enumerate(found[0])}
+    captions: dict[int | str, str] = {
+        number: caption.text for number, caption in enumerate(found[0])
+    }
     scores = compute_metrics(captions, references, ["BLEU", "CIDEr-D"])
     return f"{100 * scores['BLEU-4']:.2f}", f"{100 * scores['CIDEr-D']:.2f}", f"{found[1]:.1f}"
 

@@ -92,7 +92,7 @@ def attention_of(captioner: "Captioner | OnnxCaptioner", **settings: Any) -> Att
     def maps(records: Sequence[Record]) -> list[AttentionMaps | None]:
         paths = [record.path for record in records]
         try:
-            found = captioner.describe(paths, attention=True, **settings)
+            found: Any = captioner.describe(paths, attention=True, **settings)
         except CaptionerError as error:  # an image that has changed since, say
             log_line(f"warning: no attention is shown for {len(records)} images: {error}")
             return [None] * len(records)

@@ -114,10 +114,8 @@ class OnnxCaptioner:
             ConfigError: A setting is impossible.
             SearchError: The model gives NaN for an image.
         """
-        described = self.describe(images, batch_size=batch_size, **settings)
-        if _is_single(images):
-            return described[0].text  # type: ignore[union-attr]
-        return [captions[0].text for captions in described]  # type: ignore[index]
+        captions = [best[0].text for best in self._described(images, batch_size, False, settings)]
+        return captions[0] if _is_single(images) else captions
 
     def describe(
         self,
@@ -138,22 +136,27 @@ class OnnxCaptioner:
         Returns:
             For one image its captions, best first; for many a list of such lists.
         """
+        found = self._described(images, batch_size, attention, settings)
+        return found[0] if _is_single(images) else found
+
+    def _described(
+        self, images: Any, batch_size: int, attention: bool, settings: dict[str, Any]
+    ) -> list[list[OnnxCaption]]:
         search = self.search(**settings)
         if batch_size < 1:
             raise ConfigError(f"batch_size: at least 1 was expected, found {batch_size}")
         single = _is_single(images)
         places = ("the image" if single else f"images[{n}]" for n in count())
-        left = zip([images] if single else images, places, strict=False)  # type: ignore[arg-type]
+        left = zip([images] if single else images, places, strict=False)
         found: list[list[OnnxCaption]] = []
         while batch := list(islice(left, batch_size)):
             pixels = np.stack([self.pixels(image, place) for image, place in batch])
-            for (_, place), captions in zip(
-                batch, self.captions(pixels, search, attention), strict=True
-            ):
+            results = self.captions(pixels, search, attention)
+            for (_, place), captions in zip(batch, results, strict=True):
                 if not captions:
                     raise SearchError(f"{place}: {NO_PROBABILITIES}")
                 found.append(captions)
-        return found[0] if single else found
+        return found
 
     def search(self, **settings: Any) -> SearchConfig:
         """Return the exported search settings with those changed that aren't None.
