@@ -152,9 +152,7 @@ def test_offline_after_the_first_load(context, site, drawn, files):
     assert not problems
 
 
-def test_a_page_that_is_made_anew_follows_the_old_one(
-    context, site, exported_int8, tmp_path
-):
+def test_a_page_that_is_made_anew_follows_the_old_one(context, site, exported_int8, tmp_path):
     folder = tmp_path / "page"
     shutil.copytree(site / "page", folder)
     with served(folder) as address:

@@ -8,7 +8,7 @@ export class Card {
   #cut = 0; // side of the square that the captioner saw, of the shorter side; 0: it saw all
   #captions = [];
   #buttons = []; // of the words
-  #isUsed = false; // whether somebody has pressed a word
+  #isUsed = false; // whether somebody has pressed a word of these captions
 
   constructor(file) {
     this.file = file;
@@ -101,8 +101,9 @@ export class Card {
     button.setAttribute("aria-pressed", "false");
     if (word === END) button.setAttribute("aria-label", "end");
     button.onclick = () => {
+      const isShown = this.#isUsed && button.getAttribute("aria-pressed") === "true";
       this.#isUsed = true;
-      this.#look(button.getAttribute("aria-pressed") === "true" ? null : number, caption);
+      this.#look(isShown ? null : number, caption);
     };
     return button;
   }
