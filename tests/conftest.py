@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from browsers import chromium
 from PIL import Image, ImageDraw
+from served_pages import onnxruntime_web
 
+from captioner.checksums import write_checksums
 from captioner.config import DecoderConfig, SearchConfig
 from captioner.data.dataset import pad
 from captioner.data.preprocessing import Preprocessing
@@ -19,6 +22,15 @@ from captioner.models.captioning_model import CaptioningModel
 from captioner.models.checkpoint import save_checkpoint
 from captioner.models.encoder import Encoder
 from captioner.models.inference_encoder import InferenceEncoder
+from captioner.page.writer import write_page
+
+CONSTRAINED_SEARCH = {
+    "min_length": 5,
+    "no_repeat_ngram": 2,
+    "no_repeat_word": True,
+    "no_dangling_end": True,
+    "forbidden": ["red square", "lime"],
+}
 
 COLOURS = ("red", "lime", "blue", "yellow")
 SHAPES = ("disc", "square")
@@ -144,3 +156,37 @@ def captioner(tiny_model: CaptioningModel) -> Captioner:
 def browser():
     with chromium() as browser:
         yield browser
+
+
+@pytest.fixture(scope="session")
+def exported_int8(tiny_model, tmp_path_factory):
+    """The tiny captioner in int8."""
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    from captioner.inference.onnx_export import export_captioner
+
+    folder = tmp_path_factory.mktemp("exports") / "exported"
+    export_captioner(tiny_model, folder, "int8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(browser, exported_int8, tmp_path_factory):
+    """A page with the tiny captioner, and one whose search has constraints."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(exported_int8, folder / "constrained")
+    path = folder / "constrained/export.json"
+    content = json.loads(path.read_text())
+    content["search"] |= CONSTRAINED_SEARCH
+    path.write_text(json.dumps(content))
+    write_checksums(folder / "constrained")
+    files = onnxruntime_web()
+    write_page(folder / "page", exported_int8, files)
+    write_page(folder / "constrained_page", folder / "constrained", files)
+    return folder
+
+
+@pytest.fixture
+def context(browser):
+    context = browser.new_context()
+    yield context
+    context.close()

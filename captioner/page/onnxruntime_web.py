@@ -12,7 +12,7 @@ ONNXRUNTIME_WEB = Package(
 )
 
 # What a page needs of it, and what it is called there: not all servers know .mjs.
-_FILES = {
+FILES = {
     "dist/ort.wasm.min.mjs": "ort.wasm.min.js",
     "dist/ort-wasm-simd-threaded.mjs": "ort-wasm-simd-threaded.js",
     "dist/ort-wasm-simd-threaded.wasm": "ort-wasm-simd-threaded.wasm",
@@ -24,4 +24,4 @@ def read_onnxruntime_web(source: Path | None = None) -> dict[str, bytes]:
 
     The arguments and errors are those of ``Package.read``.
     """
-    return dict(zip(_FILES.values(), ONNXRUNTIME_WEB.read(_FILES, source), strict=True))
+    return dict(zip(FILES.values(), ONNXRUNTIME_WEB.read(FILES, source), strict=True))

@@ -13,7 +13,7 @@ from served_pages import served
 from captioner.commands import main
 from captioner.errors import CheckpointError, ConfigError, DataError
 from captioner.page.npm import DEFAULT_REGISTRY, Package, registry
-from captioner.page.onnxruntime_web import _FILES, ONNXRUNTIME_WEB
+from captioner.page.onnxruntime_web import FILES, ONNXRUNTIME_WEB
 from captioner.page.writer import STATIC, write_page
 
 
@@ -24,7 +24,7 @@ def unpacked(tmp_path):
     (folder / "dist").mkdir(parents=True)
     version = {"name": ONNXRUNTIME_WEB.name, "version": ONNXRUNTIME_WEB.version}
     (folder / "package.json").write_text(json.dumps(version))
-    for name in _FILES:
+    for name in FILES:
         (folder / name).write_text(f"// {name}")
     return folder
 
@@ -33,16 +33,16 @@ def run(*words) -> int:
     return main(["page", *map(str, words)])
 
 
-def test_the_folder_is_complete(exported, unpacked, tmp_path, capsys):
+def test_the_folder_is_complete(exported_int8, unpacked, tmp_path, capsys):
     site = tmp_path / "site"
-    assert run(site, exported, "--onnxruntime-web", unpacked) == 0
+    assert run(site, exported_int8, "--onnxruntime-web", unpacked) == 0
     assert f"python -m http.server --directory {site}" in capsys.readouterr().out
     page = json.loads((site / "page.json").read_text())
     there = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
     assert there == {*page["files"], "page.json"}
     for name, size in page["files"].items():
         assert (site / name).stat().st_size == size
-    for path in exported.iterdir():
+    for path in exported_int8.iterdir():
         assert (site / "model" / path.name).read_bytes() == path.read_bytes()
     assert "Microsoft" in (site / "onnxruntime-web/LICENSE.txt").read_text()
     for path in site.glob("*.*s"):  # all that a module or the style sheet names is there
@@ -64,14 +64,14 @@ def version(site) -> str:
     return re.search(r'VERSION = "(\w+)"', (site / "service_worker.js").read_text())[1]
 
 
-def test_another_page_is_another_version(exported, unpacked, tmp_path):
+def test_another_page_is_another_version(exported_int8, unpacked, tmp_path):
     site = tmp_path / "site"
-    assert run(site, exported, "--onnxruntime-web", unpacked) == 0
+    assert run(site, exported_int8, "--onnxruntime-web", unpacked) == 0
     first = version(site)
-    assert run(site, exported, "--onnxruntime-web", unpacked) == 0
+    assert run(site, exported_int8, "--onnxruntime-web", unpacked) == 0
     assert version(site) == first
-    (unpacked / next(iter(_FILES))).write_text("// changed")
-    assert run(site, exported, "--onnxruntime-web", unpacked) == 0
+    (unpacked / next(iter(FILES))).write_text("// changed")
+    assert run(site, exported_int8, "--onnxruntime-web", unpacked) == 0
     assert version(site) != first
 
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_is_exported_first(checkpoint, unpacked, tmp_path, capsys):
     assert "captioner in float16" in capsys.readouterr().out
 
 
-def test_errors_are_one_line(exported, unpacked, tmp_path, capsys):
+def test_errors_are_one_line(exported_int8, unpacked, tmp_path, capsys):
     site, given = tmp_path / "site", ["--onnxruntime-web", unpacked]
 
     def refused(exit_code: int, message: str, *words) -> None:
@@ -96,20 +96,20 @@ def test_errors_are_one_line(exported, unpacked, tmp_path, capsys):
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")
-    refused(2, "no page that this command wrote", tmp_path / "mine", exported, *given)
-    refused(2, "was exported in int8", site, exported, "--precision", "float32", *given)
+    refused(2, "no page that this command wrote", tmp_path / "mine", exported_int8, *given)
+    refused(2, "was exported in int8", site, exported_int8, "--precision", "float32", *given)
     refused(1, "no such checkpoint", site, "none", *given)
-    refused(1, "none: can't be read|no such file", site, exported, "--onnxruntime-web", "none")
-    (unpacked / next(iter(_FILES))).unlink()
-    refused(1, "no such file", site, exported, *given)
+    refused(1, "none: can't be read|no such file", site, exported_int8, "--onnxruntime-web", "none")
+    (unpacked / next(iter(FILES))).unlink()
+    refused(1, "no such file", site, exported_int8, *given)
     (unpacked / "package.json").write_text('{"name": "onnxruntime-web", "version": "1.0.0"}')
-    refused(1, r"was expected, found onnxruntime-web 1\.0\.0", site, exported, *given)
+    refused(1, r"was expected, found onnxruntime-web 1\.0\.0", site, exported_int8, *given)
 
 
-def test_captioners_that_no_browser_can_run_are_refused(exported, tmp_path):
+def test_captioners_that_no_browser_can_run_are_refused(exported_int8, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
-    for path in exported.iterdir():
+    for path in exported_int8.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     (copy / "step.onnx").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"step\.onnx: not what was saved"):

@@ -152,7 +152,7 @@ def test_offline_after_the_first_load(context, site, drawn, files):
     assert not problems
 
 
-def test_a_page_that_is_made_anew_takes_the_place_of_the_old_one(context, site, exported, tmp_path):
+def test_a_page_that_is_made_anew_follows_the_old_one(context, site, exported_int8, tmp_path):
     folder = tmp_path / "page"
     shutil.copytree(site / "page", folder)
     with served(folder) as address:
@@ -160,7 +160,7 @@ def test_a_page_that_is_made_anew_takes_the_place_of_the_old_one(context, site, 
         tab.close()
         files = {path.name: path.read_bytes() for path in (folder / "onnxruntime-web").iterdir()}
         changed = tmp_path / "changed"
-        shutil.copytree(exported, changed)
+        shutil.copytree(exported_int8, changed)
         content = json.loads((changed / "export.json").read_text())
         content["search"]["beam_size"] = 4
         (changed / "export.json").write_text(json.dumps(content))

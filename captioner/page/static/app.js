@@ -4,7 +4,8 @@ import { openCaptioner } from "./client.js";
 import { Card } from "./card.js";
 
 const get = (id) => document.getElementById(id);
-const beams = get("beams"), drop = get("drop");
+const beams = get("beams"),
+  drop = get("drop");
 const cards = []; // oldest first
 let captioner; // a promise
 
@@ -19,7 +20,8 @@ function say(text) {
 }
 
 function showProgress(done, total) {
-  const progress = get("progress"), megabytes = (bytes) => Math.round(bytes / 1e6);
+  const progress = get("progress"),
+    megabytes = (bytes) => Math.round(bytes / 1e6);
   progress.hidden = false;
   progress.max = total;
   progress.value = done;
@@ -65,8 +67,12 @@ async function caption(card) {
   card.turn = turn;
   card.wait();
   try {
-    const client = await captioner, size = Number(beams.value);
-    const { captions, seconds } = await client.caption(card.file, { beam_size: size, n_best: size });
+    const client = await captioner,
+      size = Number(beams.value);
+    const { captions, seconds } = await client.caption(card.file, {
+      beam_size: size,
+      n_best: size,
+    });
     if (card.turn !== turn) return;
     card.show(captions, seconds, client.config);
     say(`${card.file.name}: ${captions[0].text}`);
@@ -78,7 +84,10 @@ async function caption(card) {
 
 // --- ways in ---------------------------------------------------------------------------------
 
-for (const [button, input] of [["choose", "chosen"], ["take", "taken"]]) {
+for (const [button, input] of [
+  ["choose", "chosen"],
+  ["take", "taken"],
+]) {
   get(button).onclick = () => get(input).click();
   get(input).onchange = () => {
     add(get(input).files);

@@ -53,7 +53,8 @@ function lastToken({ tokens, ended }) {
  * Those that have ended come first, and stay as they are.
  */
 function select(logProbs, beams, size, constraints) {
-  const words = logProbs.length / beams.length, chosen = [];
+  const words = logProbs.length / beams.length,
+    chosen = [];
   beams.forEach(({ ended }, origin) => {
     if (ended) chosen.push({ origin, token: PAD, value: Infinity });
   });
@@ -63,7 +64,8 @@ function select(logProbs, beams, size, constraints) {
     for (let token = 0; token < words; token++) {
       const value = fround(total + logProbs[origin * words + token]);
       const fits = chosen.length < size || value > chosen.at(-1).value;
-      if (fits && value > -Infinity && !never.has(token)) insert(chosen, { origin, token, value }, size);
+      if (!fits || value === -Infinity || never.has(token)) continue;
+      insert(chosen, { origin, token, value }, size);
     }
   });
   return chosen;
@@ -84,7 +86,8 @@ function extend(hypothesis, { token, value }) {
 
 /** Return the numbers of chosen hypotheses, of an array that holds those of `count`. */
 function gather(part, count, origins) {
-  const width = part.length / count, result = new Float32Array(width * origins.length);
+  const width = part.length / count,
+    result = new Float32Array(width * origins.length);
   origins.forEach((origin, place) => {
     result.set(part.subarray(width * origin, width * (origin + 1)), width * place);
   });

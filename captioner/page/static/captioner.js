@@ -20,8 +20,8 @@ export class ExportedCaptioner {
   /**
    * Load the graphs.
    *
-   * @param model - `{encoder, step}`, ArrayBuffers; `{config, words, constraints}`, what export.json
-   *   and vocabulary.json hold, and page.json's constraints.
+   * @param model - `{encoder, step}`, ArrayBuffers; `{config, words, constraints}`: what is in
+   *   export.json and vocabulary.json, and page.json's constraints.
    * @param wasm - onnxruntime-web itself, an ArrayBuffer.
    * @param threads - That compute.
    */
@@ -35,7 +35,8 @@ export class ExportedCaptioner {
     captioner.#constraints = model.constraints;
     captioner.#encoder = await ort.InferenceSession.create(model.encoder, SESSION_OPTIONS);
     captioner.#step = await ort.InferenceSession.create(model.step, SESSION_OPTIONS);
-    captioner.#states = captioner.#encoder.outputNames.filter((name) => name.startsWith("state_")).length;
+    const names = captioner.#encoder.outputNames;
+    captioner.#states = names.filter((name) => name.startsWith("state_")).length;
     return captioner;
   }
 
@@ -59,7 +60,9 @@ export class ExportedCaptioner {
     const hypotheses = await beamSearch(step, state, settings, this.#constraints);
     const attention = this.config.regions ? await this.#attention(hypotheses, state, memory) : null;
     return hypotheses.map((hypothesis, place) => ({
-      text: words(hypothesis).map((token) => this.#words[token]).join(" "),
+      text: words(hypothesis)
+        .map((token) => this.#words[token])
+        .join(" "),
       logProbability: hypothesis.total,
       score: score(hypothesis, settings.length_penalty),
       attention: attention && attention[place],
@@ -70,9 +73,10 @@ export class ExportedCaptioner {
   async #takeStep(tokens, parts, memory) {
     const count = tokens.length;
     const ids = new ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [1, count]);
-    const states = parts.map((part) => new ort.Tensor("float32", part, [1, count, part.length / count]));
-    const inputs = [ids, ...states, ...memory];
-    const feeds = Object.fromEntries(this.#step.inputNames.map((name, place) => [name, inputs[place]]));
+    const tensor = (part) => new ort.Tensor("float32", part, [1, count, part.length / count]);
+    const inputs = [ids, ...parts.map(tensor), ...memory];
+    const names = this.#step.inputNames;
+    const feeds = Object.fromEntries(names.map((name, place) => [name, inputs[place]]));
     const outputs = await this.#step.run(feeds);
     const [logProbs, ...rest] = this.#step.outputNames.map((name) => outputs[name].data);
     return { logProbs, state: rest.slice(0, parts.length), attention: rest[parts.length] };
@@ -80,7 +84,8 @@ export class ExportedCaptioner {
 
   /** Return what the decoder looks at for each word of captions, and for their ends. */
   async #attention(hypotheses, start, memory) {
-    const count = hypotheses.length, maps = hypotheses.map(() => []);
+    const count = hypotheses.length,
+      maps = hypotheses.map(() => []);
     const inputs = hypotheses.map((hypothesis) => [BOS, ...words(hypothesis)]);
     let state = start.map((part) => repeat(part, count));
     for (let place = 0; place < Math.max(...inputs.map((each) => each.length)); place++) {
@@ -88,9 +93,9 @@ export class ExportedCaptioner {
       const next = await this.#takeStep(tokens, state, memory);
       state = next.state;
       const regions = next.attention.length / count;
-      maps.forEach((of, number) => {
+      maps.forEach((list, number) => {
         if (place >= inputs[number].length) return;
-        of.push(next.attention.slice(regions * number, regions * (number + 1)));
+        list.push(next.attention.slice(regions * number, regions * (number + 1)));
       });
     }
     return maps;

@@ -8,6 +8,7 @@ export class Card {
   #cut = 0; // side of the square that the captioner saw, of the shorter side; 0: it saw all
   #captions = [];
   #buttons = []; // of the words
+  #isUsed = false; // whether somebody has pressed a word of these captions
 
   constructor(file) {
     this.file = file;
@@ -16,7 +17,9 @@ export class Card {
     const picture = this.#part("img");
     picture.src = URL.createObjectURL(file);
     picture.onload = () => this.#place();
-    picture.onerror = () => { picture.hidden = true };
+    picture.onerror = () => {
+      picture.hidden = true;
+    };
     this.#part(".about").textContent = file.name;
   }
 
@@ -37,6 +40,7 @@ export class Card {
     this.#cut = resize === "crop" ? size / resized : 0;
     this.#place();
     this.#captions = captions;
+    this.#isUsed = false;
     this.element.setAttribute("aria-busy", "false");
     this.element.classList.remove("failed");
     const total = seconds.reading + seconds.describing;
@@ -73,10 +77,10 @@ export class Card {
     [...this.element.querySelectorAll(".others button")].forEach((button, number) => {
       button.setAttribute("aria-pressed", number === place);
     });
-    const words = caption.text ? caption.text.split(" ") : [];
+    const words = [...caption.text.split(" ").filter(Boolean), END];
+    const buttons = caption.attention ? words.map((word, n) => this.#word(word, n, caption)) : [];
+    this.#buttons = buttons;
     this.#part(".text").textContent = caption.attention ? "" : caption.text || "(empty)";
-    this.#buttons = caption.attention ? [...words, END].map((word, number) => this.#word(word, number, caption)) : [];
-    const buttons = this.#buttons;
     this.#part(".words").hidden = !buttons.length;
     this.#part(".words").replaceChildren();
     this.#look(null, caption);
@@ -91,16 +95,15 @@ export class Card {
     if (slowly) this.#look(null, caption);
   }
 
-  #isUsed = false; // whether somebody has pressed a word
-
   #word(word, number, caption) {
     const button = make("button", word);
     button.type = "button";
     button.setAttribute("aria-pressed", "false");
     if (word === END) button.setAttribute("aria-label", "end");
     button.onclick = () => {
+      const isShown = this.#isUsed && button.getAttribute("aria-pressed") === "true";
       this.#isUsed = true;
-      this.#look(button.getAttribute("aria-pressed") === "true" ? null : number, caption);
+      this.#look(isShown ? null : number, caption);
     };
     return button;
   }
@@ -111,11 +114,15 @@ export class Card {
     const canvas = this.#part("canvas");
     canvas.hidden = number === null || !attention;
     if (canvas.hidden) return;
-    const map = attention[number], side = Math.sqrt(map.length);
-    const least = Math.min(...map), range = Math.max(...map) - least || 1;
+    const map = attention[number],
+      side = Math.sqrt(map.length);
+    const least = Math.min(...map),
+      range = Math.max(...map) - least || 1;
     canvas.width = canvas.height = side;
     const pixels = new ImageData(side, side);
-    map.forEach((weight, place) => pixels.data.set([0, 0, 0, 255 * (1 - (weight - least) / range)], 4 * place));
+    map.forEach((weight, place) => {
+      pixels.data[4 * place + 3] = 255 * (1 - (weight - least) / range); // how dark
+    });
     canvas.getContext("2d").putImageData(pixels, 0, 0);
   }
 
@@ -123,7 +130,8 @@ export class Card {
   #place() {
     const { naturalWidth: width, naturalHeight: height } = this.#part("img");
     if (!this.#cut || !width) return;
-    const side = this.#cut * Math.min(width, height), { style } = this.#part("canvas");
+    const side = this.#cut * Math.min(width, height),
+      { style } = this.#part("canvas");
     style.width = `${(100 * side) / width}%`;
     style.height = `${(100 * side) / height}%`;
   }

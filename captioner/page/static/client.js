@@ -1,18 +1,24 @@
-/** The captioner as the page sees it: fetched, kept for offline use, and run in a thread of its own. */
+/** The captioner as the page sees it: fetched, kept for offline use, run in a thread of its own. */
 
+const LARGE_FILES = [
+  "model/encoder.onnx",
+  "model/step.onnx",
+  "onnxruntime-web/ort-wasm-simd-threaded.wasm",
+];
 const MOST_THREADS = 4;
 const LONGEST_WAIT = 10_000; // milliseconds for the service worker; without it the page works too
 
 /** Keep the page for offline use, where the browser can: over https, and on the machine itself. */
 async function keepOffline() {
   if (!navigator.serviceWorker) return;
+  let registration;
   try {
-    await navigator.serviceWorker.register("service_worker.js");
+    registration = await navigator.serviceWorker.register("service_worker.js");
   } catch (error) {
     console.warn("not kept for offline use:", error.message);
     return;
   }
-  if (navigator.serviceWorker.controller) return;
+  if (navigator.serviceWorker.controller || registration.active) return; // active: a forced reload
   // What is fetched from now on goes through the service worker, which keeps it.
   await new Promise((resolve) => {
     navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true });
@@ -42,18 +48,14 @@ async function fetchFile(name, received) {
 export async function openCaptioner(progress = () => {}, threads = possibleThreads()) {
   await keepOffline();
   const page = await (await fetch("page.json")).json();
-  const names = Object.keys(page.files).filter((name) => name.startsWith("model/") || name.endsWith(".wasm"));
-  const total = names.reduce((sum, name) => sum + page.files[name], 0);
+  const total = LARGE_FILES.reduce((sum, name) => sum + page.files[name], 0);
   let done = 0;
   const get = (name) => fetchFile(name, (bytes) => progress((done += bytes), total));
-  const buffer = async (name) => (await get(name)).arrayBuffer();
-  const json = async (name) => (await get(name)).json();
-  const [encoder, step, wasm, config, words] = await Promise.all([
-    buffer("model/encoder.onnx"),
-    buffer("model/step.onnx"),
-    buffer("onnxruntime-web/ort-wasm-simd-threaded.wasm"),
-    json("model/export.json"),
-    json("model/vocabulary.json"),
+  const buffers = LARGE_FILES.map(async (name) => (await get(name)).arrayBuffer());
+  const [config, words, encoder, step, wasm] = await Promise.all([
+    (await fetch("model/export.json")).json(),
+    (await fetch("model/vocabulary.json")).json(),
+    ...buffers,
   ]);
   progress(total, total);
   const client = new Client(await startWorker());
@@ -65,17 +67,18 @@ export async function openCaptioner(progress = () => {}, threads = possibleThrea
 }
 
 function possibleThreads() {
-  return self.crossOriginIsolated ? Math.min(MOST_THREADS, navigator.hardwareConcurrency) : 1;
+  const half = Math.floor(navigator.hardwareConcurrency / 2); // the others have work too
+  return self.crossOriginIsolated ? Math.max(1, Math.min(MOST_THREADS, half)) : 1;
 }
 
-/** Start worker.js by a blob, which is bound by the page's Content-Security-Policy; a file isn't. */
+/** Start worker.js by a blob: the page's Content-Security-Policy binds a blob, but not a file. */
 function startWorker() {
   const address = new URL("worker.js", import.meta.url).href;
   const blob = new Blob([`import ${JSON.stringify(address)};`], { type: "text/javascript" });
   const worker = new Worker(URL.createObjectURL(blob), { type: "module" });
   return new Promise((resolve, reject) => {
     worker.onmessage = () => resolve(worker);
-    worker.onerror = (event) => reject(new Error(event.message || "the captioner's thread didn't start"));
+    worker.onerror = (event) => reject(new Error(event.message || "its thread didn't start"));
   });
 }
 

@@ -4,7 +4,10 @@
  * The constraints are in page.json, where words are token ids already.
  */
 
-export const PAD = 0, BOS = 1, EOS = 2, UNK = 3;
+export const PAD = 0,
+  BOS = 1,
+  EOS = 2,
+  UNK = 3;
 
 /** Return the tokens that can't follow these: words, and EOS where it can't. */
 export function excluded(tokens, constraints) {

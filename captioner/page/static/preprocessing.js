@@ -21,7 +21,8 @@ const FILTERS = {
 
 /** Keys' cubic convolution with a = -0.5. */
 function cubic(distance) {
-  const x = Math.abs(distance), a = -0.5;
+  const x = Math.abs(distance),
+    a = -0.5;
   if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
 }
@@ -57,8 +58,11 @@ export function readable(bitmap) {
 export function toPixels(image, preprocessing) {
   const { resize, image_size: size, resize_size: resized, interpolation } = preprocessing;
   if (resize === "squash") return planes(scale(image, size, size, interpolation));
-  const cut = withoutEnds(image), short = Math.min(cut.width, cut.height);
-  const [width, height] = [cut.width, cut.height].map((side) => Math.floor((resized * side) / short));
+  const cut = withoutEnds(image),
+    short = Math.min(cut.width, cut.height);
+  const [width, height] = [cut.width, cut.height].map((side) =>
+    Math.floor((resized * side) / short),
+  );
   return planes(centre(scale(cut, width, height, interpolation), size, size));
 }
 
@@ -78,12 +82,16 @@ function scaleRows(image, width, interpolation) {
   const result = new Uint8Array(4 * width * image.height);
   const rows = Math.max(1, Math.floor(STRIP_PIXELS / image.width));
   for (let top = 0, to = 0; top < image.height; top += rows) {
-    const height = Math.min(rows, image.height - top), strip = image.read(top, height);
+    const height = Math.min(rows, image.height - top),
+      strip = image.read(top, height);
     for (let row = 0; row < height; row++) {
       for (let column = 0; column < width; column++, to += 4) {
-        let red = HALF, green = HALF, blue = HALF;
+        let red = HALF,
+          green = HALF,
+          blue = HALF;
         let from = 4 * (row * image.width + starts[column]);
-        const first = most * column, end = first + counts[column];
+        const first = most * column,
+          end = first + counts[column];
         for (let place = first; place < end; place++, from += 4) {
           const weight = weights[place];
           red += weight * strip[from];
@@ -103,13 +111,15 @@ function scaleRows(image, width, interpolation) {
 function scaleColumns(image, height, interpolation) {
   if (height === image.height) return image;
   const { starts, counts, weights, most } = filter(image.height, height, interpolation);
-  const stride = 4 * image.width, result = new Uint8Array(stride * height);
+  const stride = 4 * image.width,
+    result = new Uint8Array(stride * height);
   const sums = new Float64Array(stride);
   for (let row = 0; row < height; row++) {
     const strip = image.read(starts[row], counts[row]);
     sums.fill(HALF);
     for (let number = 0; number < counts[row]; number++) {
-      const weight = weights[most * row + number], from = stride * number;
+      const weight = weights[most * row + number],
+        from = stride * number;
       for (let place = 0; place < stride; place++) sums[place] += weight * strip[from + place];
     }
     for (let place = 0; place < stride; place++) result[stride * row + place] = toByte(sums[place]);
@@ -119,7 +129,11 @@ function scaleColumns(image, height, interpolation) {
 
 /** Return the image whose bytes these are. */
 function stored(bytes, width, height) {
-  return { width, height, read: (top, rows) => bytes.subarray(4 * width * top, 4 * width * (top + rows)) };
+  return {
+    width,
+    height,
+    read: (top, rows) => bytes.subarray(4 * width * top, 4 * width * (top + rows)),
+  };
 }
 
 const HALF = 2 ** (PRECISION_BITS - 1); // so that what is cut off rounds
@@ -131,9 +145,12 @@ function toByte(sum) {
 /** Return for each place of a scaled line which places it is made of, and their weights. */
 function filter(before, after, interpolation) {
   const { reach, weight } = FILTERS[interpolation];
-  const scale = before / after, stretch = Math.max(scale, 1), support = reach * stretch;
+  const scale = before / after,
+    stretch = Math.max(scale, 1),
+    support = reach * stretch;
   const most = 2 * Math.ceil(support) + 1;
-  const starts = new Int32Array(after), counts = new Int32Array(after);
+  const starts = new Int32Array(after),
+    counts = new Int32Array(after);
   const weights = new Int32Array(after * most);
   for (let place = 0; place < after; place++) {
     const middle = (place + 0.5) * scale;
@@ -162,13 +179,16 @@ function withoutEnds(image) {
 
 /** Return the middle of an image. */
 function centre(image, width, height) {
-  const left = middle(image.width, width), above = middle(image.height, height);
-  if (width === image.width) return { width, height, read: (top, rows) => image.read(above + top, rows) };
+  const left = middle(image.width, width),
+    above = middle(image.height, height);
+  if (width === image.width)
+    return { width, height, read: (top, rows) => image.read(above + top, rows) };
   return {
     width,
     height,
     read(top, rows) {
-      const whole = image.read(above + top, rows), part = new Uint8Array(4 * width * rows);
+      const whole = image.read(above + top, rows),
+        part = new Uint8Array(4 * width * rows);
       for (let row = 0; row < rows; row++) {
         const from = 4 * (row * image.width + left);
         part.set(whole.subarray(from, from + 4 * width), 4 * width * row);
@@ -180,13 +200,15 @@ function centre(image, width, height) {
 
 /** Return where the middle part of a line begins; a half is rounded to the even number. */
 function middle(whole, part) {
-  const half = (whole - part) / 2, below = Math.floor(half);
+  const half = (whole - part) / 2,
+    below = Math.floor(half);
   return half - below === 0.5 ? below + (below % 2) : Math.round(half);
 }
 
 /** Return red, green and blue as planes, one after the other. */
 function planes(image) {
-  const count = image.width * image.height, bytes = image.read(0, image.height);
+  const count = image.width * image.height,
+    bytes = image.read(0, image.height);
   const result = new Uint8Array(3 * count);
   for (let place = 0; place < count; place++) {
     for (let colour = 0; colour < 3; colour++) {

@@ -23,7 +23,10 @@ const TASKS = {
     bitmap.close();
     const read = performance.now();
     const captions = await captioner.describe(pixels, changes);
-    return { captions, seconds: { reading: (read - started) / 1000, describing: (performance.now() - read) / 1000 } };
+    return {
+      captions,
+      seconds: { reading: (read - started) / 1000, describing: (performance.now() - read) / 1000 },
+    };
   },
 };
 
