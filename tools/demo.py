@@ -18,14 +18,18 @@ and a requirements.txt with one line, "." (Gradio comes with the Space). It was 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import gradio
 import numpy as np
 from PIL import Image
 
 from captioner.cli import HelpFormatter, Parser, command
+from captioner.errors import UsageError
 from captioner.inference.captioner import Caption, Captioner
 from captioner.inference.gallery import AttentionMaps, cut_of
+
+if TYPE_CHECKING:
+    import gradio
 
 SHOWN = 320  # pixels of the shorter side of what is shown of a photograph
 DARKEST = 0.8  # of what a word didn't look at
@@ -49,8 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build(captioner: Captioner) -> gradio.Interface:
-    """Return the demonstration of a captioner."""
+def build(captioner: Captioner) -> "gradio.Interface":
+    """Return the demonstration of a captioner.
+
+    Raises:
+        UsageError: Gradio isn't installed.
+    """
+    try:
+        import gradio
+    except ImportError:
+        raise UsageError("the demonstration needs Gradio: pip install 'captioner[demo]'") from None
     cut = cut_of(captioner.model.encoder.preprocessing)
 
     def caption(

@@ -111,9 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_usage(args)
 
     from captioner.commands.caption_engines import make_engine
-    from captioner.memory import keep_freed_memory
 
-    keep_freed_memory()
     listing = _listing(args)
     engine = make_engine(args, checkpoint)
     if not args.output:

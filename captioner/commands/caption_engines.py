@@ -11,6 +11,7 @@ from captioner.checkpoint_directory import WEIGHTS_FILE, default_checkpoint, fin
 from captioner.config import SearchConfig
 from captioner.errors import UsageError
 from captioner.experiment_file import attribute_docs
+from captioner.memory import keep_freed_memory
 from captioner.runtime.exported import EXPORT_FILE, STEP_FILE, is_exported
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -70,6 +71,7 @@ def _torch_engine(
     from captioner.inference.folder import caption_stream
     from captioner.inference.gallery import attention_of
 
+    keep_freed_memory()  # when all is imported: what that takes once is given back
     directories = [find_checkpoint(path) for path in checkpoints]
     captioner = Captioner.from_pretrained(directories, args.device, args.precision)
     search = captioner.search(**settings)
@@ -98,6 +100,7 @@ def _onnx_engine(args: argparse.Namespace, folder: Path, settings: dict[str, Any
     for name in ("ensemble", "ray"):
         if getattr(args, name):
             raise UsageError(f"--{name} needs a checkpoint; {folder} is an exported captioner")
+    keep_freed_memory()
     captioner = OnnxCaptioner(folder)
     search = captioner.search(**settings)
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from captioner.data.augmentation import Augmentation
-from captioner.data.image_files import max_pixels
+from captioner.data.image_files import Reserve, max_pixels
 from captioner.data.preprocessing import DecodingMemory, Preprocessing, Size, count_cores
 from captioner.errors import ImageError
 
@@ -151,8 +151,14 @@ class _ImageFiles(Dataset):
             if alone:
                 reserve(self.memory.BLOCK_BYTES * self.memory.BLOCKS)
             augmentation = self.augment(index) if self.augment else None
-            image = self.preprocessing.open(path, reserve, augmentation=augmentation)
-            return self.preprocessing(image, augmentation), image.info["original_size"]
+            return self._pixels(path, reserve, augmentation)
+
+    def _pixels(
+        self, path: str | Path, reserve: Reserve, augmentation: Augmentation | None
+    ) -> tuple[torch.Tensor, Size]:
+        """Return the pixels and the size; the image itself is free again when this returns."""
+        image = self.preprocessing.open(path, reserve, augmentation=augmentation)
+        return self.preprocessing(image, augmentation), image.info["original_size"]
 
 
 def _collate(items: list[_Loaded]) -> PixelBatch:

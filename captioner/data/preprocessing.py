@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from captioner.checks import check_between
@@ -91,9 +92,9 @@ class Preprocessing:
             image: Of any size.
             augmentation: How it is changed, in training.
         """
-        from torchvision.transforms.functional import pil_to_tensor
+        import torch
 
-        return pil_to_tensor(self.square(image, augmentation))
+        return torch.from_numpy(to_pixels(self.square(image, augmentation)))
 
     def square(self, image: Image.Image, augmentation: Augmentation | None = None) -> Image.Image:
         """Return what the CNN sees of an RGB image, image_size x image_size pixels.
@@ -172,6 +173,11 @@ class Preprocessing:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return dataclasses.asdict(self)
+
+
+def to_pixels(square: Image.Image) -> np.ndarray:
+    """Return an RGB image as (3, H, W), uint8."""
+    return np.array(np.asarray(square).transpose(2, 0, 1), order="C")
 
 
 def _without_ends(image: Image.Image) -> Image.Image:

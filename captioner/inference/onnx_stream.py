@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from captioner.data.listing import ImageFile, batched
-from captioner.data.preprocessing import DecodingMemory, count_cores
+from captioner.data.preprocessing import DecodingMemory, count_cores, to_pixels
 from captioner.errors import ImageError
 from captioner.inference.records import Record, record_of
-from captioner.runtime.captioner import OnnxCaptioner, to_pixels
+from captioner.runtime.captioner import OnnxCaptioner
 from captioner.search.hypothesis import NO_PROBABILITIES
 from captioner.search_config import SearchConfig
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from captioner.checksums import CHECKSUMS_FILE, check_sha256, read_checksums
 from captioner.data.image_files import UNNAMED
-from captioner.data.preprocessing import Preprocessing
+from captioner.data.preprocessing import Preprocessing, to_pixels
 from captioner.data.vocabulary import BOS, Vocabulary
 from captioner.errors import (
     CheckpointError,
@@ -251,11 +251,6 @@ class OnnxCaptioner:
                 of_image.append(np.stack(weights))
             maps.append(of_image)
         return maps
-
-
-def to_pixels(square: Image.Image) -> np.ndarray:
-    """Return an RGB image as (3, H, W), uint8."""
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
 def _is_single(images: Any) -> bool:

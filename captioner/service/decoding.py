@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from captioner.data.image_files import MAX_MEGAPIXELS_VARIABLE, load_image
-from captioner.data.preprocessing import DecodingMemory, Preprocessing, Size
+from captioner.data.preprocessing import DecodingMemory, Preprocessing, Size, to_pixels
 from captioner.errors import ImageError
 from captioner.memory import give_back_freed_memory
 from captioner.service.processes import processes, start_forkserver
@@ -168,9 +168,8 @@ def _load(content: bytes, preprocessing: Preprocessing, connection: Connection) 
             connection.recv()
 
     try:
-        image = preprocessing.open(content, reserve, _NAME)
-        pixels = preprocessing(image).contiguous().numpy().tobytes()
-        return bytearray(pixels), image.info["original_size"]
+        square, size = preprocessing.load_square(content, reserve, _NAME)
+        return bytearray(to_pixels(square).tobytes()), size
     except ImageError as error:
         reason, too_large, _ = str(error).removeprefix(f"{_NAME}: ").partition(_TOO_LARGE)
         return ImageError(reason + too_large)

@@ -25,7 +25,7 @@ COMMAND = """
 import sys
 from pathlib import Path
 from captioner.commands import main
-from captioner.inference import job  # and all that it needs, such as torch
+from captioner.inference import captioner, folder, job  # and all that they need, such as torch
 
 def print_peak():
     if sys.platform == "linux":
