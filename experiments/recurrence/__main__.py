@@ -11,7 +11,6 @@ from pathlib import Path
 
 from captioner.cli import HelpFormatter, Parser, command
 from captioner.errors import CaptionerError
-from captioner.files import read_json
 from captioner.progress import log_line
 from experiments.recurrence import (
     depth,
@@ -26,7 +25,7 @@ from experiments.recurrence import (
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cells_at_work import cells_at_work, draw_cells_at_work
 from experiments.recurrence.cost import cost, draw_cost
-from experiments.recurrence.course import course
+from experiments.recurrence.course import course, gains, records_of
 from experiments.recurrence.drawings import draw_course
 from experiments.recurrence.pictures import Record, draw_models
 from experiments.recurrence.study import HERE, Setting, Study, run, write_page
@@ -180,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write_course() -> str:
     """Draw the course's pictures, and return its text."""
-    draw_course(HERE / "lesson", read_json(HERE / "results" / "cells_at_work.json")["records"])
+    of = records_of(HERE / "results")
+    draw_course(HERE / "lesson", of("cells_at_work"), gains(of))
     return course(HERE / "results")
 
 
