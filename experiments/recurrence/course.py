@@ -105,11 +105,9 @@ def gains(of: Callable[..., list[Record]]) -> list[list[str]]:
     """
     captions = groups(tuned(of("captioning")), ("cell",))
     costs = ("parameters_of_lstm", "time_of_lstm", "step_of_lstm")
-    rows = [
-        ["cell", "weights", "time of training", "time of a search's step", "captions, CIDEr-D"]
-        + ["next word, perplexity", "words recalled in reverse", "adding: lengths x seeds solved"],
-        ["---"] * 8,
-    ]
+    head = "cell, weights, time of training, time of a step of search, captions (CIDEr-D), "
+    head += "next word (perplexity), words at their place in reverse, adding: runs solved"
+    rows = [head.split(", "), ["---"] * 8]
     for cell in COLOURS:
         of_cost = of("cost", cell=cell, width=256)
         adding = groups((r for r in of("adding") if r["cell"] == cell), ("remedy",))
