@@ -205,20 +205,20 @@ def _best(records: Sequence[Record]) -> list[Record]:
     return chosen
 
 
-def tuned(records: Sequence[Record]) -> list[Record]:
-    """Return the runs of each cell's best setting, all seeds, with features as they are."""
-    return [record for record in _best(records) if record["features"] == "plain"]
+def tuned(records: Sequence[Record], features: str) -> list[Record]:
+    """Return the runs of each cell's best setting, all seeds, with such features."""
+    return [record for record in _best(records) if record["features"] == features]
 
 
 def draw_captioning(records: Sequence[Record]) -> Any:
-    """Draw CIDEr-D over the rate for each start; below, each cell's best, and its gradients."""
+    """Draw CIDEr-D over the rate for each start, one seed; below, its best, and gradients."""
     figure = new_figure(2, 2, 5.0, 3.2)
     first = [r for r in records if r["features"] == "plain" and r["seed"] == 0]
     top = 1.1 * max(record["CIDEr-D"] for record in records)
     for place, ((scale,), of_scale) in enumerate(groups(first, ("embedding_scale",)).items()):
         axes = figure.add_subplot(2, 2, place + 1)
         rates = sorted({record["rate"] for record in of_scale})
-        axes.set(title=f"word vectors uniform up to {scale:g}, one seed", xscale="log")
+        axes.set(title=f"word vectors up to {scale:g}", xscale="log")
         axes.set(xlim=(rates[0] / 1.2, rates[-1] * 2), ylim=(0, top))
         axes.set(xlabel="learning rate", ylabel="CIDEr-D")
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -231,7 +231,7 @@ def draw_captioning(records: Sequence[Record]) -> Any:
     best = [{**r, "run": f"{r['cell']}, {r['features']} features"} for r in _best(records)]
     axes = figure.add_subplot(2, 2, 3)
     draw_dots(axes, best, "run", "CIDEr-D", "CIDEr-D of each cell's best setting")
-    _draw_flow(figure.add_subplot(2, 2, 4), tuned(records))
+    _draw_flow(figure.add_subplot(2, 2, 4), tuned(records, "normalised"))
     return figure
 
 
@@ -241,5 +241,5 @@ def _draw_flow(axes: Any, records: Sequence[Record]) -> None:
         for record in of_cell:
             (lines[cell],) = axes.plot(record["flow"], color=COLOURS[cell], linewidth=1.0)
     axes.set(yscale="log", xlabel="steps back from the tenth word", xlim=(0, 1.3 * WORDS))
-    axes.set_ylabel("share of the gradient")
+    axes.set(ylabel="share of the gradient", title="normalised features")
     label_lines(axes, lines)

@@ -68,8 +68,10 @@ def _numbers(of: Callable[..., list[Record]]) -> dict[str, str]:
     lstm = {bias: back("lstm", f"orthogonal, forget bias {bias}") for bias in (0, 1, 4)}
     tanh, irnn = back("rnn_tanh", "orthogonal"), back("rnn_relu", "identity")
     names = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    captions = groups(tuned(of("captioning")), ("cell",))
-    cider = [mean(captions[name,], "CIDEr-D") for name in names]
+    cider = {}
+    for features in ("plain", "normalised"):
+        captions = groups(tuned(of("captioning"), features), ("cell",))
+        cider[features] = [mean(captions[name,], "CIDEr-D") for name in names]
     perplexity = [mean(of("next_word", model=name), "perplexity") for name in names]
     lengths = (50, 200)
     watched = of("cells_at_work")
@@ -89,7 +91,7 @@ def _numbers(of: Callable[..., list[Record]]) -> dict[str, str]:
         "time_of_gru": f"{mean(cost, 'time_of_lstm'):.1f}",
         **{f"lstm_{bias}": f"{value:.1g}" for bias, value in lstm.items()},
         "tanh_50": f"{tanh:.1g}",
-        "cider": _list(names, cider, 2),
+        **{f"cider_{name}": _list(names, values, 2) for name, values in cider.items()},
         "gains": _table(gains(of)),
         "perplexity": _list(names, perplexity, 1),
         **_verdicts(of),
@@ -103,7 +105,7 @@ def gains(of: Callable[..., list[Record]]) -> list[list[str]]:
     Args:
         of: Returns the records of a study with such fields.
     """
-    captions = groups(tuned(of("captioning")), ("cell",))
+    captions = groups(tuned(of("captioning"), "normalised"), ("cell",))
     costs = ("parameters_of_lstm", "time_of_lstm", "step_of_lstm")
     head = "cell, weights, time of training, time of a step of search, captions (CIDEr-D), "
     head += "next word (perplexity), words at their place in reverse, adding: runs solved"

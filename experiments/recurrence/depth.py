@@ -74,6 +74,6 @@ def draw_depth(records: Sequence[Record]) -> Any:
     labels = {"perplexity": "perplexity of the next word", "batches": "batches until it can add"}
     for place, (name, label) in enumerate(labels.items()):
         axes = figure.add_subplot(1, 2, place + 1)
-        draw_lines(axes, deep, "layers", name, ("cell",), marker=".")
+        draw_lines(axes, deep, "layers", name, ("cell",), linear=True, marker=".")
         axes.set(ylabel=label)
     return figure

@@ -247,7 +247,7 @@ def draw_gains(rows: Sequence[Sequence[str]]) -> Any:
         axes.margins(y=0.2)
         if column == 5:
             axes.invert_yaxis()  # up is better in all three
-            axes.set_ylabel(f"{label} (axis turned)")
+            axes.set_ylabel("next word: perplexity\n(the axis is turned)")
     return figure
 
 

@@ -100,7 +100,7 @@ def draw_any_length(records: Sequence[Record]) -> Any:
     axes.set(yscale="log")
     draw_lines(axes, points, "length", "error", ("model",), marker=".")
     axes.axhline(1 / 6, color="0.6", linestyle=":", zorder=0)
-    axes.text(tested[0], 1 / 6, "always saying 1", fontsize="x-small", color="0.4", va="bottom")
+    axes.text(tested[0], 0.2, "always saying 1", fontsize="x-small", color="0.4", va="bottom")
     axes.set(title="trained at 50 steps", xlabel="length in the test, steps")
     axes.set_ylabel("mean squared error")
     axes = figure.add_subplot(1, 2, 2)
@@ -189,7 +189,8 @@ def draw_steps_or_features(records: Sequence[Record]) -> Any:
                 height = row + 0.22 * (shift - 1)
                 axes.plot(values, [height] * len(values), "o", color=colour_of(cell), alpha=0.7)
                 style = {"color": colour_of(cell), "fontsize": "x-small", "va": "center"}
-                axes.text(max(values), height, f"  {cell}", **style)
+                place_of_text = {"xytext": (6, 0), "textcoords": "offset points", **style}
+                axes.annotate(cell, (max(values), height), **place_of_text)
         rows = [layout for (layout,) in groups(records, ("read_as",))]
         axes.set_yticks(range(len(rows)), rows)
         axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
