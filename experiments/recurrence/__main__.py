@@ -11,16 +11,23 @@ from pathlib import Path
 
 from captioner.cli import HelpFormatter, Parser, command
 from captioner.errors import CaptionerError
-from captioner.files import read_json
 from captioner.progress import log_line
-from experiments.recurrence import gates, gradients, memory, sequences, tagging, unshuffle
+from experiments.recurrence import (
+    depth,
+    gates,
+    gradients,
+    lengths,
+    memory,
+    sequences,
+    tagging,
+    unshuffle,
+)
 from experiments.recurrence.captioning import METRICS, captioning, draw_captioning
 from experiments.recurrence.cells_at_work import cells_at_work, draw_cells_at_work
 from experiments.recurrence.cost import cost, draw_cost
-from experiments.recurrence.course import course
+from experiments.recurrence.course import course, gains, records_of
 from experiments.recurrence.drawings import draw_course
 from experiments.recurrence.pictures import Record, draw_models
-from experiments.recurrence.starts import captioning_starts, draw_captioning_starts
 from experiments.recurrence.study import HERE, Setting, Study, run, write_page
 
 
@@ -29,8 +36,8 @@ def _of_models(measure: Callable[[Setting], list[Record]], **labels: str) -> Stu
     return Study(measure, draw, ("model",), (*labels, "parameters"))
 
 
-# The first of them are of small networks, which one thread serves best: "all" runs as many at a
-# time as there are cores. The last ones want the machine for themselves.
+# These are small networks, which one thread serves best: "all" runs as many studies at a time as
+# there are cores, the longest first, and then "cost", which wants the machine for itself.
 STUDIES: dict[str, Study] = {
     "one_to_one": _of_models(
         sequences.one_to_one, accuracy="share of photographs", f1="F1 of dogs"
@@ -61,6 +68,24 @@ STUDIES: dict[str, Study] = {
         gradients.draw_gradient_distance,
         ("cell", "start", "of"),
         tuple(f"{distance}_back" for distance in gradients.DISTANCES),
+    ),
+    "steps_or_features": Study(
+        lengths.steps_or_features,
+        lengths.draw_steps_or_features,
+        ("cell", "read_as"),
+        ("error", "error_of_60", "parameters", "seconds"),
+    ),
+    "any_length": Study(
+        lengths.any_length,
+        lengths.draw_any_length,
+        ("model",),
+        (*(f"error_{length}" for length in lengths.TESTED), "parameters"),
+    ),
+    "depth": Study(
+        depth.depth,
+        depth.draw_depth,
+        ("cell", "layers"),
+        ("perplexity", "parameters", "seconds", "solved", "batches"),
     ),
     "spectral_radius": Study(
         gradients.spectral_radius,
@@ -106,24 +131,18 @@ STUDIES: dict[str, Study] = {
     "captioning": Study(
         captioning,
         draw_captioning,
-        ("cell",),
+        ("cell", "embedding_scale", "rate", "features"),
         (
             *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")),
             "p_against_lstm",
-            "train_seconds",
-            "loss",
-            "end_to_image",
+            "train_loss",
+            "val_loss",
+            "image_share",
         ),
     ),
     "cells_at_work": Study(cells_at_work, draw_cells_at_work, ("cell", "epoch"), ("val_loss",)),
-    "captioning_starts": Study(
-        captioning_starts,
-        draw_captioning_starts,
-        ("cell", "embedding_scale", "rate", "features"),
-        (*METRICS, "train_loss", "val_loss"),
-    ),
 }
-ALONE = ("cost", "captioning", "captioning_starts")
+LONGEST = ("captioning", "adding")
 
 
 @command
@@ -160,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write_course() -> str:
     """Draw the course's pictures, and return its text."""
-    draw_course(HERE / "lesson", read_json(HERE / "results" / "cells_at_work.json")["records"])
+    of = records_of(HERE / "results")
+    draw_course(HERE / "lesson", of("cells_at_work"), gains(of))
     return course(HERE / "results")
 
 
@@ -169,15 +189,16 @@ def _run_all(argv: Sequence[str]) -> None:
 
     def run_one(name: str) -> int:
         words = [name if word == "all" else word for word in argv]
-        threads = {} if name in ALONE else {"OMP_NUM_THREADS": "1"}
+        threads = {} if name == "cost" else {"OMP_NUM_THREADS": "1"}
         line = [sys.executable, "-m", "experiments.recurrence", *words]
         return subprocess.run(line, env=os.environ | threads, check=False).returncode
 
     started = time.monotonic()
+    together = sorted(set(STUDIES) - {"cost"}, key=lambda name: name not in LONGEST)
     with ThreadPoolExecutor(os.cpu_count()) as processes:
-        codes = list(processes.map(run_one, [name for name in STUDIES if name not in ALONE]))
-    codes += [run_one(name) for name in ALONE]
-    failed = [name for name, code in zip(STUDIES, codes, strict=True) if code]
+        codes = dict(zip(together, processes.map(run_one, together), strict=True))
+    codes["cost"] = run_one("cost")
+    failed = [name for name in STUDIES if codes[name]]
     if failed:
         raise CaptionerError(f"these studies failed, as said above: {', '.join(failed)}")
     log_line(f"all studies: {(time.monotonic() - started) / 60:.0f} minutes")

@@ -10,7 +10,8 @@ from typing import Any
 
 from captioner.files import read_json
 from captioner.models.recurrent_cells import gru_step, lstm_step, tanh_step
-from experiments.recurrence.pictures import Record, groups, mean
+from experiments.recurrence.captioning import tuned
+from experiments.recurrence.pictures import COLOURS, Record, groups, mean
 
 TEXT = Path(__file__).with_name("course.md")
 
@@ -26,10 +27,22 @@ def course(results: Path) -> str:
     """
     text = TEXT.read_text(encoding="utf-8")
     values = {cell.__name__: _lines_of(cell) for cell in (tanh_step, lstm_step, gru_step)}
-    values |= _numbers(cache(lambda name: read_json(results / f"{name}.json")))
+    values |= _numbers(records_of(results))
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", value)
     return text
+
+
+def records_of(results: Path) -> Callable[..., list[Record]]:
+    """Return what gives the records of a study that have such fields; each file is read once."""
+    read = cache(lambda name: read_json(results / f"{name}.json")["records"])
+
+    def of(study: str, **fields: Any) -> list[Record]:
+        chosen = [r for r in read(study) if all(r[name] == v for name, v in fields.items())]
+        assert chosen, f"{study} has no record with {fields}"
+        return chosen
+
+    return of
 
 
 def _lines_of(function: Callable[..., Any]) -> str:
@@ -41,14 +54,8 @@ def _lines_of(function: Callable[..., Any]) -> str:
     return "\n".join(ast.get_source_segment(source, node) or "" for node in statements)
 
 
-def _numbers(read: Callable[[str], Any]) -> dict[str, str]:
+def _numbers(of: Callable[..., list[Record]]) -> dict[str, str]:
     """Return what the text says of each study, by the name of its place."""
-
-    def of(study: str, **fields: Any) -> list[Record]:
-        records = read(study)["records"]
-        chosen = [r for r in records if all(r[name] == value for name, value in fields.items())]
-        assert chosen, f"{study} has no record with {fields}"
-        return chosen
 
     def solved(remedy: str, length: int) -> str:
         return _share([r["solved"] for r in of("adding", remedy=remedy, length=length)])
@@ -61,7 +68,10 @@ def _numbers(read: Callable[[str], Any]) -> dict[str, str]:
     lstm = {bias: back("lstm", f"orthogonal, forget bias {bias}") for bias in (0, 1, 4)}
     tanh, irnn = back("rnn_tanh", "orthogonal"), back("rnn_relu", "identity")
     names = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    bleu = [mean(of("captioning", cell=name), "BLEU-4") for name in names]
+    cider = {}
+    for features in ("plain", "normalised"):
+        captions = groups(tuned(of("captioning"), features), ("cell",))
+        cider[features] = [mean(captions[name,], "CIDEr-D") for name in names]
     perplexity = [mean(of("next_word", model=name), "perplexity") for name in names]
     lengths = (50, 200)
     watched = of("cells_at_work")
@@ -81,9 +91,73 @@ def _numbers(read: Callable[[str], Any]) -> dict[str, str]:
         "time_of_gru": f"{mean(cost, 'time_of_lstm'):.1f}",
         **{f"lstm_{bias}": f"{value:.1g}" for bias, value in lstm.items()},
         "tanh_50": f"{tanh:.1g}",
-        "bleu": _list(names, bleu, 3),
+        **{f"cider_{name}": _list(names, values, 2) for name, values in cider.items()},
+        "gains": _table(gains(of)),
         "perplexity": _list(names, perplexity, 1),
         **_verdicts(of),
+        **_shared_weights(of),
+    }
+
+
+def gains(of: Callable[..., list[Record]]) -> list[list[str]]:
+    """Return what each cell costs and brings, as rows of a table, its head first.
+
+    Args:
+        of: Returns the records of a study with such fields.
+    """
+    captions = groups(tuned(of("captioning"), "normalised"), ("cell",))
+    costs = ("parameters_of_lstm", "time_of_lstm", "step_of_lstm")
+    head = "cell, weights, time of training, time of a step of search, captions (CIDEr-D), "
+    head += "next word (perplexity), words at their place in reverse, adding: runs solved"
+    rows = [head.split(", "), ["---"] * 8]
+    for cell in COLOURS:
+        of_cost = of("cost", cell=cell, width=256)
+        adding = groups((r for r in of("adding") if r["cell"] == cell), ("remedy",))
+        solved = max(sum(r["solved"] for r in records) for records in adding.values())
+        runs = len(next(iter(adding.values())))
+        rows.append([cell, *(f"{mean(of_cost, name):.2f}" for name in costs)])
+        rows[-1] += [
+            f"{mean(captions[cell,], 'CIDEr-D'):.2f}",
+            f"{mean(of('next_word', model=cell), 'perplexity'):.1f}",
+            f"{mean(of('reversal', model=f'{cell}, then {cell}'), 'right_place'):.2f}",
+            f"{solved:.0f} of {runs}",
+        ]
+    return rows
+
+
+def _shared_weights(of: Callable[..., list[Record]]) -> dict[str, str]:
+    """Return the numbers of the studies of length, of steps and features, and of depth."""
+
+    def error(model: str, length: int) -> str:
+        return f"{mean(of('any_length', model=model), f'error_{length}'):.2g}"
+
+    def layout(name: str, field: str) -> str:
+        value = mean(of("steps_or_features", cell="gru", read_as=name), field)
+        return f"{value:,.0f}" if field == "parameters" else f"{value:.2g}"
+
+    def deep(cell: str, layers: str) -> str:
+        return f"{mean(of('depth', cell=cell, layers=layers), 'perplexity'):.1f}"
+
+    windows = [f"feed-forward, window of {steps}" for steps in (50, 400)]
+    sizes = [f"{mean(of('any_length', model=name), 'parameters'):,.0f}" for name in windows]
+    return {
+        "gru_trained": error("gru", 50),
+        "gru_longer": error("gru", 400),
+        "lstm_longer": error("lstm", 400),
+        "window_trained": error(windows[1], 50),
+        "window_longer": error(windows[1], 400),
+        "window_sizes": " and ".join(sizes),
+        "gru_size": f"{mean(of('any_length', model='gru'), 'parameters'):,.0f}",
+        "as_steps": layout("40 steps of 1", "error"),
+        "as_features": layout("1 step of 40", "error"),
+        "as_steps_size": layout("40 steps of 1", "parameters"),
+        "as_features_size": layout("1 step of 40", "parameters"),
+        "as_steps_longer": layout("40 steps of 1", "error_of_60"),
+        **{
+            f"depth_{cell}": ", ".join(deep(cell, layers) for layers in "1234")
+            + f"; one wide layer {deep(cell, '1, wide')}"
+            for cell in ("lstm", "gru", "rnn_tanh")
+        },
     }
 
 

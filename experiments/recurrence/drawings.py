@@ -1,4 +1,4 @@
-"""Pictures of the course: the unrolled network, the cells, the four shapes, single units."""
+"""Pictures of the course: unrolled network, cells, shapes, single units, cost against gain."""
 
 import textwrap
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from captioner.metrics.report import new_figure, save_figure
-from experiments.recurrence.pictures import Record
+from experiments.recurrence.pictures import COLOURS, Record
 
 _WORDS = "#56B4E9"  # what comes in
 _STATE = "#E69F00"  # the recurrent state
@@ -218,14 +218,51 @@ def draw_units(probes: Sequence[Record]) -> Any:
     return figure
 
 
-def draw_course(folder: Path, cells_at_work: Sequence[Record]) -> None:
+# --- cost against gain --------------------------------------------------------------------------
+
+
+def draw_gains(rows: Sequence[Sequence[str]]) -> Any:
+    """Draw what cells bring over the time that their training takes.
+
+    Args:
+        rows: As ``course.gains`` gives them, with the head and the line below it.
+    """
+    figure = new_figure(3, 1, 3.2, 2.8)
+    labels = {4: "captions, CIDEr-D", 5: "next word, perplexity", 7: "adding: runs solved"}
+    for place, (column, label) in enumerate(labels.items()):
+        axes = figure.add_subplot(1, 3, place + 1)
+        for row in rows[2:]:
+            x, y = float(row[2]), float(row[column].split()[0])
+            axes.plot(x, y, "o", color=COLOURS[row[0]], markersize=7)
+            axes.annotate(
+                row[0],
+                (x, y),
+                xytext=(6, 4),
+                textcoords="offset points",
+                color=COLOURS[row[0]],
+                fontsize=8,
+            )
+        axes.set(xlabel="time of training (LSTM: 1)", ylabel=label)
+        axes.set_xlim(0, 1.5 * max(float(row[2]) for row in rows[2:]))
+        axes.margins(y=0.2)
+        if column == 5:
+            axes.invert_yaxis()  # up is better in all three
+            axes.set_ylabel("next word: perplexity\n(the axis is turned)")
+    return figure
+
+
+def draw_course(
+    folder: Path, cells_at_work: Sequence[Record], gains: Sequence[Sequence[str]]
+) -> None:
     """Draw all pictures of the course.
 
     Args:
         folder: Where they go, as SVG.
         cells_at_work: The records of that study, whose LSTM's last epoch has the units.
+        gains: As ``course.gains`` gives them.
     """
     trained = [r["probes"] for r in cells_at_work if r["cell"] == "lstm" and r.get("probes")][-1]
     pictures = {"unrolled": draw_unrolled(), "cells": draw_cells(), "shapes": draw_shapes()}
-    for name, figure in (pictures | {"units": draw_units(trained)}).items():
+    pictures |= {"units": draw_units(trained), "gains": draw_gains(gains)}
+    for name, figure in pictures.items():
         save_figure(folder / f"{name}.svg", figure)

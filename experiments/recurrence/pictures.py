@@ -44,11 +44,26 @@ def format_number(value: float) -> str:
 
 
 def draw_lines(
-    axes: Any, records: Sequence[Record], x: str, y: str, by: Sequence[str], **style: Any
+    axes: Any,
+    records: Sequence[Record],
+    x: str,
+    y: str,
+    by: Sequence[str],
+    linear: bool = False,
+    **style: Any,
 ) -> None:
-    """Draw y over x (log), a line for each group: mean over seeds in a band of the extremes.
+    """Draw y over x, a line for each group: mean over seeds in a band of the extremes.
 
     The scale of y must be set before: the lines are labelled at their ends.
+
+    Args:
+        axes: Where.
+        records: What.
+        x: The field across; on a logarithmic scale unless ``linear``.
+        y: The field upwards.
+        by: The fields of a group.
+        linear: See ``x``.
+        style: Of the lines.
     """
     places = sorted({record[x] for record in records})
     lines = {}
@@ -61,12 +76,15 @@ def draw_lines(
         (lines[name],) = axes.plot(drawn, [statistics.fmean(v) for _, v in known], **look)
         low, high = ([f(values) for _, values in known] for f in (min, max))
         axes.fill_between(drawn, low, high, alpha=0.15, color=look["color"], linewidth=0)
-    axes.set_xscale("log")
+    axes.set_xscale("linear" if linear else "log")
     axes.set_xticks(places, [f"{place:g}" for place in places])
     axes.minorticks_off()
     # Room for the labels.
     width = places[-1] / places[0] if len(places) > 1 else 2.0
-    axes.set_xlim(places[0] / width**0.05, places[-1] * width**0.4)
+    if linear:
+        axes.set_xlim(places[0] - 0.05 * width, places[-1] + 0.3 * width)
+    else:
+        axes.set_xlim(places[0] / width**0.05, places[-1] * width**0.4)
     axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
     label_lines(axes, lines)
 

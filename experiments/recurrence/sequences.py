@@ -285,7 +285,7 @@ def mackey_glass(length: int, seed: int, delay: int = 17) -> np.ndarray:
     return x[delay * fine :: fine][300:]
 
 
-def _forecasts(length: int, window: int, ahead: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forecasts(length: int, window: int, ahead: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return windows of the series and the value ``ahead`` steps after each, to train and val."""
     series = mackey_glass(length, seed=0)
     series = (series - series.mean()) / series.std()
@@ -305,7 +305,7 @@ def time_series(setting: Setting) -> list[Record]:
     isn't hidden from it.
     """
     window = 40
-    x, y, x_val, y_val = _forecasts(setting.pick(6000, 800), window, ahead=20)
+    x, y, x_val, y_val = forecasts(setting.pick(6000, 800), window, ahead=20)
 
     def error(forecast: Tensor) -> Record:
         shown = [round(value, 4) for value in forecast[:SHOWN].tolist()]

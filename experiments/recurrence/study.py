@@ -188,11 +188,12 @@ def train_models(
         random = np.random.default_rng(seed)
         model = models[kind]()
         optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+        started = time.perf_counter()
         fit(model, lambda _, m=model, r=random: loss_of(m, r), steps, optimizer)  # type: ignore[misc]
+        record: Record = {"model": kind, "seed": seed, "seconds": time.perf_counter() - started}
+        record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         with torch.no_grad():
-            scores = scores_of(model)
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        records.append({"model": kind, "seed": seed, "parameters": weights, **scores})
+            records.append(record | scores_of(model))
     return records
 
 
@@ -216,6 +217,8 @@ def table(records: Sequence[Record], keys: Sequence[str], values: Sequence[str])
 
 
 def _cell(values: Sequence[Any]) -> str:
+    if any(isinstance(value, str) for value in values):
+        return ", ".join(value for value in values if value is not None)
     numbers = [float(value) for value in values if value is not None]
     if not numbers:
         return "-"

@@ -24,11 +24,11 @@ FLICKR8K = ROOT.parent / "shared/data/flickr8k"
 WEIGHTS = ROOT.parent / "shared/weights/mobilenet_v2_imagenet.pth"
 GENERATED = [
     *("time_series", "gradient_distance", "spectral_radius", "exploding", "adding"),
-    *("truncation", "cost"),
+    *("truncation", "cost", "any_length", "steps_or_features"),
 ]
 OF_CAPTIONS = [
     *("one_to_one", "many_to_one", "unshuffle", "reversal", "tagging", "next_word"),
-    *("gates", "captioning", "captioning_starts", "cells_at_work"),
+    *("depth", "gates", "captioning", "cells_at_work"),
 ]
 
 
