@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from captioner.files import read_json
+from experiments.recurrence.course import gains, records_of
 from experiments.recurrence.drawings import draw_course
 from experiments.recurrence.study import HERE
 
@@ -55,7 +56,8 @@ def test_the_notebook_is_kept_without_outputs():
 
 
 def test_the_pictures_of_the_course_are_drawn(tmp_path):
-    draw_course(tmp_path, read_json(HERE / "results" / "cells_at_work.json")["records"])
+    records = records_of(HERE / "results")
+    draw_course(tmp_path, records("cells_at_work"), gains(records))
     text = (HERE / "course.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\(lesson/(\w+\.svg)\)", text))
     assert named

@@ -14,8 +14,17 @@ from torch import nn
 
 from captioner.metrics.report import new_figure, save_figure
 from captioner.models.recurrent import RecurrentStack
-from experiments.recurrence import gates, gradients, memory, sequences, tagging, unshuffle
+from experiments.recurrence import (
+    gates,
+    gradients,
+    lengths,
+    memory,
+    sequences,
+    tagging,
+    unshuffle,
+)
 from experiments.recurrence.__main__ import STUDIES, main
+from experiments.recurrence.captioning import tuned
 from experiments.recurrence.pictures import COLOURS, GREY, colour_of, draw_dots
 from experiments.recurrence.study import HERE, Setting, fit, table, write_page
 
@@ -192,6 +201,39 @@ def test_a_tagger_sees_what_it_reads_alone(reads, sees_before, sees_after):
     answers = model(torch.tensor(shown), torch.tensor([3, 3, 3]))[:, 1]
     assert torch.allclose(answers[0], answers[1], atol=1e-6) != sees_before
     assert torch.allclose(answers[0], answers[2], atol=1e-6) != sees_after
+
+
+def test_a_window_sees_its_last_steps_alone():
+    torch.manual_seed(0)
+    model = lengths._Window(3)
+    x = torch.randn(2, 5, 2)
+    other = x.clone()
+    other[:, :2] += 1
+    torch.testing.assert_close(model(x), model(other))
+    other[:, 2] += 1
+    assert not torch.allclose(model(x), model(other))
+    short = nn.functional.pad(x[:, :2], (0, 0, 1, 0))  # zeros before the beginning
+    torch.testing.assert_close(model(x[:, :2]), model(short))
+
+
+def test_values_are_read_as_steps_of_so_many():
+    model = lengths._Forecaster("gru", 5)
+    x = torch.randn(2, 40)
+    expected = model.read(torch.stack([x[:, i : i + 5] for i in range(0, 40, 5)], 1))
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_the_best_settings_of_a_cell_are_those_with_normalised_features_too():
+    def run(cell, scale, rate, features="plain", seed=0):
+        shown = {"cell": cell, "embedding_scale": scale, "rate": rate}
+        return {**shown, "features": features, "seed": seed}
+
+    grid = [run(cell, scale, 0.1) for cell in ("lstm", "gru") for scale in (1, 2)]
+    more = [run("lstm", 2, 0.1, "plain", 1), run("lstm", 2, 0.1, "normalised", 0)]
+    more += [run("gru", 1, 0.1, "normalised", 0)]
+    plain = tuned(grid + more, "plain")
+    assert plain == [grid[1], more[0], grid[2]]
+    assert tuned(grid + more, "normalised") == more[1:]
 
 
 def test_counted_models_by_hand():
