@@ -138,11 +138,16 @@ def archive(folder, content: bytes) -> Package:
     return Package("toy", "1.2.3", f"sha512-{digest}", len(data))
 
 
+def use_registry(monkeypatch, address: str) -> None:
+    monkeypatch.setenv("npm_config_registry", address)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # urllib keeps a proxy that another test has set
+
+
 def test_a_package_is_fetched_once_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     package = archive(tmp_path / "registry", b"content")
     with served(tmp_path / "registry") as address:
-        monkeypatch.setenv("npm_config_registry", address)
+        use_registry(monkeypatch, address)
         assert package.read(["dist/toy.js"]) == [b"content"]
     assert package.read(["dist/toy.js"]) == [b"content"]  # from the cache
     kept = tmp_path / "cache/captioner/npm/toy-1.2.3.tgz"
@@ -159,7 +164,7 @@ def test_a_damaged_package_is_refused_and_not_kept(damage, tmp_path, monkeypatch
     with pytest.raises(DataError, match=r"not toy-1\.2\.3\.tgz as it was published"):
         package.read(["dist/toy.js"], path)
     with served(tmp_path / "registry") as address:
-        monkeypatch.setenv("npm_config_registry", address)
+        use_registry(monkeypatch, address)
         with pytest.raises(DataError, match="as it was published"):
             package.read(["dist/toy.js"])
         path.write_bytes(whole)
