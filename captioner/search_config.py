@@ -1,6 +1,8 @@
 """The settings of search: how captions are found."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from captioner.checks import (
     check_between,
@@ -8,7 +10,7 @@ from captioner.checks import (
     default_of,
     expected_error,
 )
-from captioner.errors import ConfigError
+from captioner.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,19 @@ class SearchConfig:
         ):
             if f"search.{needed}" not in used and getattr(self, name) != default_of(self, name):
                 raise ConfigError(f"search.{name} has no effect without search.{needed}")
+
+
+def changed_search(search: SearchConfig, settings: Mapping[str, Any]) -> SearchConfig:
+    """Return search settings with those changed that aren't None.
+
+    Raises:
+        ConfigError: A setting is unknown or impossible.
+    """
+    known = [field.name for field in fields(SearchConfig)]
+    for name in settings:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+            raise ConfigError(f"no search setting '{name}'{hint}")
+    changes = {name: value for name, value in settings.items() if value is not None}
+    changes |= {name: tuple(v) for name, v in changes.items() if isinstance(v, list)}
+    return replace(search, **changes)

@@ -161,7 +161,6 @@ def browser():
 @pytest.fixture(scope="session")
 def exported_int8(tiny_model, tmp_path_factory):
     """The tiny captioner in int8."""
-    pytest.importorskip("onnxscript", reason="needs onnxscript")
     from captioner.inference.onnx_export import export_captioner
 
     folder = tmp_path_factory.mktemp("exports") / "exported"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, overload
@@ -20,7 +20,6 @@ from captioner.errors import (
     ImageError,
     SearchError,
     UsageError,
-    did_you_mean,
 )
 from captioner.inference.image_input import ImageLike, is_single, load_input, name_of
 from captioner.models.captioning_model import CaptioningModel, generate
@@ -28,6 +27,7 @@ from captioner.models.checkpoint import load_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.inference_encoder import InferenceEncoder
 from captioner.search.hypothesis import NO_PROBABILITIES, Hypothesis
+from captioner.search_config import changed_search
 
 
 @dataclass(frozen=True)
@@ -218,14 +218,7 @@ class Captioner:
         Raises:
             ConfigError: A setting is unknown or impossible.
         """
-        known = [field.name for field in fields(SearchConfig)]
-        for name in settings:
-            if name not in known:
-                hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
-                raise ConfigError(f"no search setting '{name}'{hint}")
-        changes = {name: value for name, value in settings.items() if value is not None}
-        changes |= {name: tuple(v) for name, v in changes.items() if isinstance(v, list)}
-        return replace(self.model.search, **changes)
+        return changed_search(self.model.search, settings)
 
     def features(self, pixels: Tensor) -> list[Tensor]:
         """Return each model's features (B, N, D) of preprocessed pixels (B, 3, S, S), uint8."""

@@ -1,11 +1,10 @@
 """Captions for images from an exported captioner."""
 
-import dataclasses
 import hashlib
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +22,6 @@ from captioner.errors import (
     ImageError,
     SearchError,
     UsageError,
-    did_you_mean,
 )
 from captioner.files import open_regular, read_json
 from captioner.runtime.beam_search import Arrays, beam_search, check_settings
@@ -36,7 +34,7 @@ from captioner.runtime.exported import (
 )
 from captioner.search.hypothesis import NO_PROBABILITIES, Hypothesis
 from captioner.search.rules import Constraints
-from captioner.search_config import SearchConfig
+from captioner.search_config import SearchConfig, changed_search
 
 ImageLike = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray
 
@@ -164,14 +162,7 @@ class OnnxCaptioner:
         Raises:
             ConfigError: A setting is unknown or impossible, or needs torch.
         """
-        known = [field.name for field in fields(SearchConfig)]
-        for name in settings:
-            if name not in known:
-                hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
-                raise ConfigError(f"no search setting '{name}'{hint}")
-        changes = {name: value for name, value in settings.items() if value is not None}
-        changes |= {name: tuple(v) for name, v in changes.items() if isinstance(v, list)}
-        search = dataclasses.replace(self.config.search, **changes)
+        search = changed_search(self.config.search, settings)
         check_settings(search)
         return search
 

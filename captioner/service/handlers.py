@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ def application(state: ServerState) -> Application:
 
 
 @stream_request_body
-class _Handler(RequestHandler):
+class _Handler(RequestHandler, ABC):
     """What all answers share: the checks before a body is received, and the line in the log.
 
     Attributes:
@@ -167,9 +168,9 @@ class _Handler(RequestHandler):
 
     get = head = post = put = patch = delete = options = _dispatch
 
+    @abstractmethod
     async def respond(self) -> None:
         """Answer, once the body is there."""
-        raise NotImplementedError
 
     @property
     def connection(self) -> HTTP1Connection:
@@ -380,3 +381,6 @@ class UnknownHandler(_Handler):
     def check(self) -> None:
         """Refuse."""
         raise RequestError(404, "there are /, /caption, /health, /metrics and /openapi.json")
+
+    async def respond(self) -> None:
+        """Do nothing: ``check`` has refused."""

@@ -19,7 +19,6 @@ NOTEBOOK = HERE / "lesson.ipynb"
 
 def test_the_notebook_runs_and_theory_holds_in_it(tmp_path: Path):
     """In a process of its own: Jupyter's warnings are not the project's."""
-    pytest.importorskip("nbconvert", reason="needs nbconvert and ipykernel")
     line = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
     line += ["--output-dir", str(tmp_path), str(NOTEBOOK)]
     settings = {

@@ -11,9 +11,6 @@ from served_pages import open_page, served
 from captioner.data.preprocessing import Preprocessing
 from captioner.runtime import OnnxCaptioner
 
-pytest.importorskip("onnxscript", reason="needs onnxscript")
-pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-
 CAPTION = """async ([names, changes]) => {
   const { openCaptioner } = await import("./client.js");
   const client = await openCaptioner();

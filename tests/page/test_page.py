@@ -76,7 +76,6 @@ def test_another_page_is_another_version(exported_int8, unpacked, tmp_path):
 
 
 def test_a_checkpoint_is_exported_first(checkpoint, unpacked, tmp_path, capsys):
-    pytest.importorskip("onnxscript", reason="needs onnxscript")
     site = tmp_path / "site"
     words = [site, checkpoint, "--onnxruntime-web", unpacked]
     assert run(*words, "--precision", "float16") == 0

@@ -15,9 +15,6 @@ from captioner.commands import caption, export
 from captioner.inference.outputs import failures_path
 from captioner.runtime.__main__ import main as runtime_main
 
-pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-pytest.importorskip("onnxscript", reason="needs onnxscript")
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -18,9 +18,6 @@ from captioner.inference.onnx_export import export_captioner
 from captioner.models.captioning_model import CaptioningModel
 from captioner.runtime import OnnxCaptioner
 
-pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-pytest.importorskip("onnxscript", reason="needs onnxscript")
-
 
 def small_model(tiny_model, drawn, kind, cell, **settings) -> CaptioningModel:
     """Return a captioner that has learnt the drawn images, more or less."""
