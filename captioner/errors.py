@@ -76,6 +76,10 @@ class RequestError(CaptionerError):
         self.status = status
         super().__init__(message)
 
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[int, str]]:
+        """Tell how it is sent to another process."""
+        return type(self), (self.status, str(self))
+
 
 class SearchError(CaptionerError):
     """Captions can't be searched for."""

@@ -3,13 +3,14 @@
 import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import re
 import shlex
 import tomllib
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,9 @@ from captioner.files import read_text
 from captioner.progress import log_line
 
 T = TypeVar("T")
+
+# To make one takes longer than all that it does.
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 
 SECTIONS = tuple(field.name for field in dataclasses.fields(Config))
 RESERVED = {"best", "last"}  # what a stage can't be called: folders of these names are checkpoints
@@ -232,7 +236,8 @@ def _make(kind: type[T], content: Mapping[str, Any]) -> T:
     _check_known_keys(kind, content, list(_keys(kind)))
     try:
         # JSON is the form in which pydantic is strict (no "3" for 3) and still reads lists.
-        return TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=True)
+        made: T = _adapter(kind).validate_json(json.dumps(content, default=str), strict=True)
+        return made
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -28,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from captioner.checkpoint_directory import default_checkpoint
+from captioner.checkpoint_directory import default_checkpoint, find_checkpoint
 from captioner.cli import HelpFormatter, Parser, command
 from captioner.errors import UsageError
 from captioner.experiment_file import attribute_docs
@@ -107,16 +107,13 @@ def _serve(
     listener: socket.socket,
     keys: Sequence[str],
 ) -> None:
-    from captioner.inference.captioner import Captioner
-    from captioner.memory import keep_freed_memory
     from captioner.service.server import LOOPBACK, Server
     from captioner.service.service import CaptionService
     from captioner.stopping import StopSignals
 
-    keep_freed_memory()
-    checkpoint = args.checkpoint or default_checkpoint()
-    captioner = Captioner.from_pretrained(checkpoint, args.device, args.precision)
-    with contextlib.closing(CaptionService(captioner, settings)) as service, StopSignals() as stop:
+    checkpoint = find_checkpoint(args.checkpoint or default_checkpoint())
+    started = CaptionService(checkpoint, args.device, args.precision, settings)
+    with contextlib.closing(started) as service, StopSignals() as stop:
         stop.deferred = True
         server = Server(service, args.host, listener, keys)
 

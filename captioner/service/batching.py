@@ -1,34 +1,21 @@
-"""The model in a thread of its own, which captions together what comes together."""
+"""Models, each with a thread of its own, that caption together what comes together."""
 
+import math
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 
-import torch
+from captioner.inference.captioner import Caption
+from captioner.service.captioning import Answer, Order
 
-from captioner.config import SearchConfig
-from captioner.device import is_out_of_memory
-from captioner.errors import RequestError
-from captioner.inference.captioner import Caption, Captioner
+# Answers several orders at once.
+Model = Callable[[Sequence[Order]], list[Answer]]
 
 # Told of each batch: how many images, and how many seconds they took.
 Observer = Callable[[int, float], object]
-
-
-@dataclass(frozen=True)
-class Wish:
-    """How an image is to be captioned.
-
-    Attributes:
-        search: The settings of search.
-        attention: Whether what the decoder looked at is wanted.
-    """
-
-    search: SearchConfig
-    attention: bool = False
 
 
 @dataclass(eq=False)
@@ -36,135 +23,120 @@ class _Job:
     """An image to be captioned.
 
     Attributes:
-        pixels: (3, S, S), uint8.
-        wish: How.
-        key: What its samples depend on.
+        order: The image.
         captions: Become known here.
         arrived: When it came, in seconds of ``time.monotonic``.
     """
 
-    pixels: torch.Tensor
-    wish: Wish
-    key: int
+    order: Order
     captions: Future[list[Caption]] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
 
 
 class Batcher:
-    """Captions images in one thread, as many together as there are.
-
-    The CNN sees all of them at once, whatever is wished of each; captions are searched for
-    together where the same is wished. The captions are those that each image alone would get.
+    """Captions images as many together as there are, shared out among the models that are free.
 
     Args:
-        captioner: The captioner; nobody else may use it meanwhile.
+        models: Each is called by one thread alone.
         max_batch: Most images at a time.
-        max_wait: How long an image waits for others, in seconds.
-        observe: Is told of each batch, in this thread.
+        max_wait: How long an image waits for others, in seconds, and at most a quarter of what its
+            model's last batch took. It waits for none where all models are free and none come.
+        coming: Tells whether others come.
+        observe: Is told of each batch, in the model's thread.
     """
 
     def __init__(
         self,
-        captioner: Captioner,
+        models: Sequence[Model],
         max_batch: int,
         max_wait: float,
+        coming: Callable[[], object] = lambda: True,
         observe: Observer = lambda size, seconds: None,
     ) -> None:
-        self._captioner, self._max_batch, self._max_wait = captioner, max_batch, max_wait
-        self._observe = observe
+        self._max_batch, self._max_wait = max_batch, max_wait
+        self._coming, self._observe = coming, observe
         self._jobs: deque[_Job] = deque()
         self._closed = False
+        self._free = 0  # models
         self._changed = Condition()
-        self._thread = Thread(target=self._run, name="model")
-        self._thread.start()
+        self._threads = [Thread(target=self._run, args=(model,), name="model") for model in models]
+        for thread in self._threads:
+            thread.start()
 
-    def submit(self, pixels: torch.Tensor, wish: Wish, key: int = 0) -> Future[list[Caption]]:
-        """Caption an image's pixels, (3, S, S), uint8.
+    def submit(self, order: Order) -> Future[list[Caption]]:
+        """Caption an image.
 
-        What is cancelled before its batch begins is left out of it. The result is its captions,
-        best first, none where the model gives NaN; it raises ``ConfigError`` where they can't be
-        searched for so, and ``RequestError`` (503) where memory runs out.
-
-        Args:
-            pixels: Of the image.
-            wish: How to caption it.
-            key: What its samples depend on: its place in the request.
+        What is cancelled before its batch begins is left out of it. The result is the order's
+        ``Answer``; it raises what that is where it is an exception.
         """
-        job = _Job(pixels, wish, key)
+        job = _Job(order)
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
             self._jobs.append(job)
-            self._changed.notify()
+            self._changed.notify_all()
         return job.captions
 
     def hurry(self) -> None:
         """Let no image wait for others from now on."""
         with self._changed:
             self._max_wait = 0.0
-            self._changed.notify()
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """Caption what has been submitted, and end the thread."""
+        """Caption what has been submitted, and end the threads."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
-        while jobs := self._next_batch():
+    def _run(self, model: Model) -> None:
+        patience = math.inf
+        while jobs := self._next_batch(patience):
             started = time.monotonic()
             try:
-                self._caption(jobs)
+                answers = model([job.order for job in jobs])
             # Whatever went wrong belongs to those who wait for it; the thread goes on.
             except Exception as error:
-                _fail(jobs, error)
-            self._observe(len(jobs), time.monotonic() - started)
+                answers = [error] * len(jobs)
+            for job, answer in zip(jobs, answers, strict=True):
+                if isinstance(answer, Exception):
+                    job.captions.set_exception(answer)
+                else:
+                    job.captions.set_result(answer)
+            seconds = time.monotonic() - started
+            self._observe(len(jobs), seconds)
+            patience = seconds / 4
 
-    def _next_batch(self) -> list[_Job]:
+    def _next_batch(self, patience: float) -> list[_Job]:
         """Wait for jobs; return those that nobody has cancelled, none once all is done."""
         with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._jobs or self._closed)
-                if not self._jobs:
-                    return []
-                left = self._jobs[0].arrived + self._max_wait - time.monotonic()
-                self._changed.wait_for(self._is_enough, max(0.0, left))
-                batch: list[_Job] = []
-                while self._jobs and len(batch) < self._max_batch:
-                    job = self._jobs.popleft()
-                    if job.captions.set_running_or_notify_cancel():
-                        batch.append(job)
-                if batch:
-                    return batch
+            self._free += 1
+            try:
+                while True:
+                    self._changed.wait_for(lambda: self._jobs or self._closed)
+                    if not self._jobs:
+                        return []
+                    wait = min(self._max_wait, patience)
+                    left = self._jobs[0].arrived + wait - time.monotonic()
+                    self._changed.wait_for(self._is_enough, max(0.0, left))
+                    if batch := self._take():
+                        return batch
+            finally:
+                self._free -= 1
 
     def _is_enough(self) -> bool:
-        return len(self._jobs) >= self._max_batch or self._closed or not self._max_wait
+        is_last = self._closed or not self._max_wait
+        is_alone = self._free == len(self._threads) and not self._coming()
+        return is_last or is_alone or len(self._jobs) >= self._max_batch
 
-    def _caption(self, jobs: Sequence[_Job]) -> None:
-        features = self._captioner.features(torch.stack([job.pixels for job in jobs]))
-        rows_of: dict[Wish, list[int]] = defaultdict(list)
-        for row, job in enumerate(jobs):
-            rows_of[job.wish].append(row)
-        for wish, rows in rows_of.items():
-            chosen = [jobs[row] for row in rows]
-            try:
-                found = self._captioner.captions_of(
-                    [part[rows] for part in features],
-                    wish.search,
-                    torch.tensor([job.key for job in chosen]),
-                    wish.attention,
-                )
-            except Exception as error:  # the others' captions may still be found
-                _fail(chosen, error)
-                continue
-            for job, captions in zip(chosen, found, strict=True):
-                job.captions.set_result(captions)
-
-
-def _fail(jobs: Sequence[_Job], error: Exception) -> None:
-    if is_out_of_memory(error):
-        error = RequestError(503, "too little memory for this now; ask for a smaller beam")
-    for job in jobs:
-        if not job.captions.done():
-            job.captions.set_exception(error)
+    def _take(self) -> list[_Job]:
+        """Return this model's share of the jobs that nobody has cancelled."""
+        batch: list[_Job] = []
+        share = min(self._max_batch, math.ceil(len(self._jobs) / self._free))
+        while self._jobs and len(batch) < share:
+            job = self._jobs.popleft()
+            if job.captions.set_running_or_notify_cancel():
+                batch.append(job)
+        return batch

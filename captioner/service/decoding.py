@@ -7,7 +7,6 @@ the memory that all of them hold together.
 
 import contextlib
 import os
-import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -19,7 +18,7 @@ from captioner.data.image_files import MAX_MEGAPIXELS_VARIABLE, load_image
 from captioner.data.preprocessing import DecodingMemory, Preprocessing, Size, to_pixels
 from captioner.errors import ImageError
 from captioner.memory import give_back_freed_memory
-from captioner.service.processes import processes, start_forkserver
+from captioner.service.processes import Worker
 
 _BLANK = b"P6 1 1 255\n\0\0\0"
 _NAME = "image"  # what messages begin with; the client knows which one it was
@@ -51,13 +50,12 @@ class ImageDecoders:
     def __init__(
         self, preprocessing: Preprocessing, count: int, max_megapixels: float, seconds: float
     ) -> None:
-        start_forkserver()
         self._preprocessing, self._seconds = preprocessing, seconds
         self._max_megapixels = max_megapixels
         self._memory = DecodingMemory(processes=False)  # it is the threads here that ask for it
         self._threads = ThreadPoolExecutor(count, "decoding")
         self._own = threading.local()  # each thread's process
-        self._all: set[_Decoder] = set()
+        self._all: set[Worker] = set()
         for _ in range(count):  # so that no image waits for a process to begin
             self._threads.submit(self._decoder)
 
@@ -87,11 +85,14 @@ class ImageDecoders:
         side = self._preprocessing.image_size
         return Decoded(torch.frombuffer(pixels, dtype=torch.uint8).view(3, side, side), size)
 
-    def _decoder(self) -> "_Decoder":
+    def _decoder(self) -> Worker:
         """Return this thread's process; where there is none it is started."""
-        decoder: _Decoder | None = getattr(self._own, "decoder", None)
+        decoder: Worker | None = getattr(self._own, "decoder", None)
         if decoder is None:
-            decoder = self._own.decoder = _Decoder(self._preprocessing, self._max_megapixels)
+            decoder = Worker("decoder", _serve, self._preprocessing, self._max_megapixels)
+            with contextlib.suppress(EOFError):  # whoever uses it finds out
+                decoder.connection.recv()  # it is ready
+            self._own.decoder = decoder
             self._all.add(decoder)
         return decoder
 
@@ -122,39 +123,17 @@ class ImageDecoders:
 _Result = Exception | tuple[bytearray, Size]
 
 
-class _Decoder:
-    """A process that decodes one image after the other."""
-
-    def __init__(self, preprocessing: Preprocessing, max_megapixels: float) -> None:
-        self.connection, theirs = processes.Pipe()
-        self._process = processes.Process(
-            target=_serve, args=(theirs, preprocessing, max_megapixels), daemon=True
-        )
-        self._process.start()
-        theirs.close()  # so that the end of the process is the end of the connection
-        with contextlib.suppress(EOFError):  # whoever uses it finds out
-            self.connection.recv()  # it is ready
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self.connection.close()
-
-
 # --- in the processes -------------------------------------------------------------------------
 
 
 def _serve(connection: Connection, preprocessing: Preprocessing, max_megapixels: float) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the group; the service finishes first
-        signal.signal(number, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff tells there what strangers wrote
     os.environ[MAX_MEGAPIXELS_VARIABLE] = str(max_megapixels)
     torch.set_num_threads(1)
     load_image(_BLANK)  # Pillow looks for its formats when the first image comes
     connection.send(None)
-    with contextlib.suppress(EOFError, OSError):  # the service has ended
-        while True:
-            connection.send(_load(connection.recv_bytes(), preprocessing, connection))
+    while True:
+        connection.send(_load(connection.recv_bytes(), preprocessing, connection))
 
 
 def _load(content: bytes, preprocessing: Preprocessing, connection: Connection) -> _Result:

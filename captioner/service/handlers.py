@@ -358,7 +358,7 @@ class DescriptionHandler(_Handler):
     async def respond(self) -> None:
         """Tell what can be asked."""
         service = self.state.service
-        self.answer(description(service.settings, service.captioner.model.search))
+        self.answer(description(service.settings, service.search))
 
 
 class PageHandler(_Handler):

@@ -21,7 +21,7 @@ from tornado.httputil import (
 from captioner.config import SearchConfig
 from captioner.errors import ConfigError, RequestError, did_you_mean
 from captioner.experiment_file import parse
-from captioner.service.batching import Wish
+from captioner.service.captioning import Wish
 from captioner.service.settings import MOST_OF_SEARCH, MOST_PHRASES
 
 FORM, JSON = "multipart/form-data", "application/json"
@@ -97,6 +97,8 @@ def read_request(
 
 def _search(search: SearchConfig, changes: Mapping[str, Any]) -> SearchConfig:
     """Return settings of search with some changed, within what the service allows."""
+    if not changes:
+        return search
     for name, value in changes.items():
         if name not in SETTINGS:
             known = [IMAGES, ATTENTION, *SETTINGS]

@@ -1,7 +1,7 @@
 """What becomes of a request for captions: decoded, captioned with others, told.
 
 Nothing here knows HTTP, and nothing that takes long runs on the event loop: bodies are read and
-images decoded by other threads and processes, and the model has a thread of its own.
+images decoded and captioned by other threads and processes.
 """
 
 import asyncio
@@ -10,52 +10,75 @@ import math
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from captioner.config import SearchConfig
+from captioner.device import choose_device
 from captioner.errors import ImageError, RequestError
-from captioner.inference.captioner import Caption, Captioner
+from captioner.inference.captioner import Caption
 from captioner.inference.gallery import AttentionMaps, cut_of
+from captioner.models.checkpoint import load_checkpoint
 from captioner.search.hypothesis import NO_PROBABILITIES
-from captioner.service.batching import Batcher, Wish
+from captioner.service.batching import Batcher
+from captioner.service.captioning import ModelProcess, Order, Wish
 from captioner.service.decoding import ImageDecoders
 from captioner.service.metrics import Metrics
 from captioner.service.requests import CaptionRequest, SentImage, read_request
 from captioner.service.settings import MOST_HYPOTHESES, ServiceConfig
 
 _SMALL_BODY = 1 << 16  # is read faster than handed to a thread
+_MOST_MODELS = 8  # that are started without being asked for: each takes memory
 
 
 class CaptionService:
     """Captions what clients send.
 
     Args:
-        captioner: The captioner; it belongs to the service from here on.
+        checkpoint: Of the captioner.
+        device: As ``Captioner`` takes it.
+        precision: As ``Captioner`` takes it.
         settings: What is allowed.
 
     Attributes:
-        captioner: As given.
+        search: The checkpoint's settings.
         settings: As given.
         metrics: What is counted.
         waiting: Images that are accepted and not yet captioned.
+
+    Raises:
+        CaptionerError: The checkpoint can't be loaded, or not on this device.
     """
 
-    def __init__(self, captioner: Captioner, settings: ServiceConfig) -> None:
-        self.captioner, self.settings = captioner, settings
-        preprocessing = captioner.model.encoder.preprocessing
-        side = preprocessing.image_size
-        blank = torch.zeros((1, 3, side, side), dtype=torch.uint8)
-        captioner.captions(blank, captioner.model.search)  # the first takes longest
+    def __init__(
+        self, checkpoint: Path, device: str, precision: str, settings: ServiceConfig
+    ) -> None:
+        model = load_checkpoint(checkpoint)
+        preprocessing = model.encoder.preprocessing
+        self.search, self._vocabulary = model.search, model.vocabulary
+        self.settings = settings
         self._cut = cut_of(preprocessing)
-        self.waiting = 0
+        self.waiting = self._decoding = 0
         self.metrics = Metrics(lambda: self.waiting)
+        threads = torch.get_num_threads() if choose_device(device).type == "cpu" else 1
+        count = settings.models or min(threads, _MOST_MODELS)
+        self._models = [
+            ModelProcess(checkpoint, device, precision, max(1, threads // count))
+            for _ in range(count)
+        ]
         self._decoders = ImageDecoders(
             preprocessing, settings.decoders, settings.max_megapixels, settings.decode_seconds
         )
+        for process in self._models:
+            process.wait_until_ready()
         self._batcher = Batcher(
-            captioner, settings.max_batch, settings.max_wait_ms / 1000, self._observe_batch
+            [process.caption for process in self._models],
+            settings.max_batch,
+            settings.max_wait_ms / 1000,
+            lambda: self._decoding,
+            self._observe_batch,
         )
         self._readers = ThreadPoolExecutor(1, "reading")
         self._seconds_per_image = 0.1  # a guess until the first batch
@@ -69,6 +92,8 @@ class CaptionService:
         self._readers.shutdown()
         self._decoders.close()
         self._batcher.close()
+        for process in self._models:
+            process.close()
 
     @property
     def is_full(self) -> bool:
@@ -86,7 +111,7 @@ class CaptionService:
 
     async def read(self, body: bytes, content_type: str) -> CaptionRequest:
         """Read a request's body: see ``read_request``."""
-        wanted = body, content_type, self.captioner.model.search, self.settings.max_images
+        wanted = body, content_type, self.search, self.settings.max_images
         if len(body) <= _SMALL_BODY:
             request = read_request(*wanted)
         else:
@@ -96,7 +121,7 @@ class CaptionService:
         return request
 
     def _check_hypotheses(self, search: SearchConfig) -> None:
-        words = sum(len(self.captioner.model.vocabulary.encode(text)) for text in search.forced)
+        words = sum(len(self._vocabulary.encode(text)) for text in search.forced)
         if words and search.beam_size * (1 + words) > MOST_HYPOTHESES:
             most = MOST_HYPOTHESES // search.beam_size - 1
             raise RequestError(
@@ -143,11 +168,14 @@ class CaptionService:
             self.waiting -= images
 
     async def _caption(self, image: SentImage, wish: Wish, key: int) -> dict[str, Any]:
+        self._decoding += 1
         try:
             decoded = await asyncio.wrap_future(self._decoders.submit(image.content))
         except ImageError as error:
             return {"name": image.name, "error": str(error)}
-        captions = await asyncio.wrap_future(self._batcher.submit(decoded.pixels, wish, key))
+        finally:
+            self._decoding -= 1
+        captions = await asyncio.wrap_future(self._batcher.submit(Order(decoded.pixels, wish, key)))
         if not captions:
             return {"name": image.name, "error": NO_PROBABILITIES}
         width, height = decoded.size
@@ -166,9 +194,10 @@ class CaptionService:
         return told
 
     def _observe_batch(self, size: int, seconds: float) -> None:
-        """Called in the model's thread."""
+        """Called in a model's thread."""
         self.metrics.observe_batch(size, seconds)
-        self._seconds_per_image += 0.1 * (seconds / size - self._seconds_per_image)
+        each = seconds / size / len(self._models)
+        self._seconds_per_image += 0.1 * (each - self._seconds_per_image)
 
 
 def _finite(number: float) -> float | None:

@@ -19,7 +19,8 @@ class ServiceConfig:
 
     Attributes:
         max_batch: Most images that the model sees at a time.
-        max_wait_ms: How long an image waits for others to be captioned with, in milliseconds.
+        max_wait_ms: How long an image waits for others that are being decoded, to be captioned with
+            them, in milliseconds.
         max_queue: Most images that are accepted and not yet captioned; with more the answer is
             503, and after how many seconds to try again.
         max_images: Most images of a request.
@@ -29,11 +30,13 @@ class ServiceConfig:
         receive_seconds: How long a client may take to send a request, in seconds; its head and its
             body each.
         decoders: Processes that decode images.
+        models: Processes that run the model, which share the processor's cores; 0 takes one a core,
+            8 at most, and one on a GPU.
         max_connections: Most connections that are open at a time; others are closed at once.
     """
 
     max_batch: int = 32
-    max_wait_ms: float = 5.0
+    max_wait_ms: float = 25.0
     max_queue: int = 256
     max_images: int = 16
     max_body_mb: float = 32.0
@@ -41,11 +44,13 @@ class ServiceConfig:
     decode_seconds: float = 10.0
     receive_seconds: float = 30.0
     decoders: int = 2
+    models: int = 0
     max_connections: int = 500
 
     def __post_init__(self) -> None:
         """Refuse impossible values and combinations."""
-        check_between(self, max_batch=(1, 1024), max_queue=(1, 100_000), decoders=(1, 64))
+        check_between(self, max_batch=(1, 1024), max_queue=(1, 100_000))
+        check_between(self, decoders=(1, 64), models=(0, 64))
         check_between(self, max_wait_ms=(0.0, 10_000.0), max_connections=(1, 100_000))
         check_at_least(self, max_images=1)
         check_positive(self, "max_body_mb", "max_megapixels", "decode_seconds", "receive_seconds")

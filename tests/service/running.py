@@ -78,8 +78,16 @@ class RunningService:
 
     def decoders(self) -> list[psutil.Process]:
         """Return the processes that decode images."""
+        return self._workers("decoder")
+
+    def models(self) -> list[psutil.Process]:
+        """Return the processes that run the model."""
+        return self._workers("model")
+
+    def _workers(self, name: str) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children()
-        return [decoder for child in children for decoder in child.children()]
+        workers = [worker for child in children for worker in child.children()]
+        return [worker for worker in workers if worker.name() == name]
 
     def peak_memory(self) -> int:
         """Return the most memory that its main process has taken, in MiB; 0 if that isn't told."""

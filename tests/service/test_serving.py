@@ -157,13 +157,27 @@ def test_a_decoder_that_is_killed_is_replaced(service, drawn):
         assert text == drawn.captions[path.name]
 
 
+def test_a_model_that_is_killed_is_replaced(service, drawn):
+    """With what it was about to caption."""
+    for model in service.models():
+        model.suspend()
+    with ThreadPoolExecutor(4) as clients:
+        answers = [clients.submit(service.caption, path) for path in drawn.paths[:4]]
+        wait_until(lambda: service.health()["waiting_images"] == 4)
+        for model in service.models():
+            model.kill()
+    for path, answer in zip(drawn.paths, answers, strict=False):
+        text = answer.result().json["images"][0]["captions"][0]["text"]
+        assert text == drawn.captions[path.name]
+
+
 # --- the queue, and the end -------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_service(tiny_model, tmp_path):
-    """One whose images wait long for others, so that a test can look at them."""
-    limits = ["--max-queue", 4, "--max-images", 3, "--max-wait-ms", 10_000, "--decoders", 1]
+    """One that is soon full."""
+    limits = ["--max-queue", 4, "--max-images", 3, "--decoders", 1, "--models", 1]
     running = RunningService(tmp_path, tiny_model, *limits)
     yield running
     running.stop()
@@ -173,6 +187,8 @@ def test_full_queue_cancelled_requests_and_an_orderly_end(small_service, drawn):
     """One test, so that the service starts once."""
     path = drawn.paths[0]
     image = ("images", path.name, path.read_bytes())
+    (model,) = small_service.models()
+    model.suspend()  # so that a test can look at what waits for it
     gone = [small_service.begin(post(form(image))) for _ in range(4)]
     wait_until(lambda: small_service.health()["waiting_images"] == 4)
     refused = small_service.caption(path)
@@ -197,6 +213,7 @@ def test_full_queue_cancelled_requests_and_an_orderly_end(small_service, drawn):
     small_service.health()  # so that those two have been let in
     small_service.process.terminate()
     wait_until(lambda: "stopping after what is in flight" in small_service.errors.read_text())
+    model.resume()
     late.sendall(request[-100:])
     texts = []
     for connection in (*accepted, late):
