@@ -1,4 +1,4 @@
-"""Pictures of the course: unrolled network, cells, shapes, single units, cost against gain."""
+"""Pictures of the course: unrolled network, cells, shapes, gates, units, cost against gain."""
 
 import textwrap
 from collections.abc import Sequence
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from captioner.metrics.report import new_figure, save_figure
-from experiments.recurrence.pictures import COLOURS, Record
+from experiments.recurrence.cells_at_work import PHOTOGRAPHS, SENTENCE
+from experiments.recurrence.pictures import COLOURS, Record, groups
+from experiments.recurrence.study import HERE
 
 _WORDS = "#56B4E9"  # what comes in
 _STATE = "#E69F00"  # the recurrent state
@@ -39,9 +41,8 @@ def draw_unrolled() -> Any:
     _box(axes, 1, 2.6, "$h_t$", _ANSWER)
     _arrow(axes, (1, 0.4), (1, 1.5))
     _arrow(axes, (1, 1.5), (1, 2.6))
-    loop = {"connectionstyle": "arc3,rad=-2.2", "shrinkA": 1, "shrinkB": 1}
-    _arrow(axes, (1.2, 1.58), (1.2, 1.42), **loop)
-    axes.text(1.75, 1.5, "$h_{t-1}$", fontsize=9, va="center")
+    axes.plot([1.22, 1.75, 1.75, 1], [1.5, 1.5, 0.95, 0.95], color="0.25", linewidth=1)
+    axes.text(1.85, 1.2, "$h_{t-1}$", fontsize=9, va="center")
     axes.text(2.75, 1.5, "=", fontsize=16, va="center", ha="center")
     _box(axes, 3.7, 1.5, "$h_0$", "0.8")
     for step in (1, 2, 3):
@@ -218,6 +219,45 @@ def draw_units(probes: Sequence[Record]) -> Any:
     return figure
 
 
+def draw_gates(photograph: Path, sentence: str, records: Sequence[Record]) -> Any:
+    """Draw the units of each gate over a sentence about a photograph, before and after training.
+
+    Args:
+        photograph: Its file.
+        sentence: What was read.
+        records: With ``gates``, for each cell before and after training.
+    """
+    from matplotlib.image import imread
+
+    gates = [
+        (cell, gate)
+        for (cell,), of_cell in groups(records, ("cell",)).items()
+        for gate in of_cell[0]["gates"]
+        if gate != "candidate"
+    ]
+    words = ["image", "start", *sentence.split()]
+    figure = new_figure(1, 1, 2.1 * (1 + len(gates)), 5.2)
+    grid = figure.add_gridspec(2, 1 + len(gates))
+    axes = figure.add_subplot(grid[:, 0])
+    axes.imshow(imread(photograph), cmap="gray")
+    axes.set_title(textwrap.fill(sentence, 22), fontsize=9)
+    axes.axis("off")
+    drawn = []
+    for column, (cell, gate) in enumerate(gates, 1):
+        for row, record in enumerate(r for r in records if r["cell"] == cell):
+            axes = figure.add_subplot(grid[row, column])
+            axes.grid(visible=False)
+            units = record["gates"][gate]["units"]
+            image = axes.imshow(units, cmap="cividis", aspect="auto", vmin=0, vmax=1)
+            drawn.append(axes)
+            axes.set_yticks([])
+            axes.set_xticks(range(len(words)), words if row else [], rotation=90, fontsize=7)
+            when = f"after {record['epoch']} epochs" if row else "before training"
+            axes.set_title(f"{cell}, {gate} gate\n{when}", fontsize=8, color=COLOURS[cell])
+    figure.colorbar(image, ax=drawn, label="0 is shut, 1 is open", shrink=0.5)
+    return figure
+
+
 # --- cost against gain --------------------------------------------------------------------------
 
 
@@ -262,7 +302,10 @@ def draw_course(
         gains: As ``course.gains`` gives them.
     """
     trained = [r["probes"] for r in cells_at_work if r["cell"] == "lstm" and r.get("probes")][-1]
+    gated = [r for r in cells_at_work if r.get("gates")]
+    photograph = HERE / "lesson" / f"{PHOTOGRAPHS[0]}.jpg"
     pictures = {"unrolled": draw_unrolled(), "cells": draw_cells(), "shapes": draw_shapes()}
     pictures |= {"units": draw_units(trained), "gains": draw_gains(gains)}
+    pictures["gates"] = draw_gates(photograph, SENTENCE, gated)
     for name, figure in pictures.items():
         save_figure(folder / f"{name}.svg", figure)

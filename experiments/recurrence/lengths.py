@@ -87,13 +87,17 @@ def any_length(setting: Setting) -> list[Record]:
     return records
 
 
+def _short(model: str) -> str:
+    return model.removeprefix("feed-forward, ").replace(", identity", "")
+
+
 def draw_any_length(records: Sequence[Record]) -> Any:
     """Draw the error over the length; and the weights over the window that can be read."""
     figure = new_figure(2, 1, 5.0, 3.4)
     axes = figure.add_subplot(1, 2, 1)
     tested = [length for length in TESTED if f"error_{length}" in records[0]]
     points = [
-        {"model": r["model"], "length": n, "error": r[f"error_{n}"]}
+        {"model": _short(r["model"]), "length": n, "error": r[f"error_{n}"]}
         for r in records
         for n in tested
     ]

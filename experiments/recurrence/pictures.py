@@ -35,12 +35,12 @@ def mean(records: Sequence[Record], name: str) -> float:
 
 
 def format_number(value: float) -> str:
-    """Return a number with three digits, a whole one with all."""
+    """Return a number with three digits, a whole one below 10^9 with all."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e9:
         return f"{int(value):,}"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def draw_lines(
