@@ -13,6 +13,7 @@ from captioner.files import read_json, read_text
 from captioner.progress import log_line
 
 WEIGHTS_FILE, CONFIG_FILE, VOCABULARY_FILE = "model.safetensors", "config.json", "vocabulary.json"
+CONSENSUS_FILE = "consensus.safetensors"  # not in each
 CARD_FILE = "MODEL_CARD.md"
 RUN_FILE = "run.json"
 

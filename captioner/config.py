@@ -432,6 +432,14 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if self.search.consensus:
+            raise ConfigError(
+                "search.consensus: it is fitted to a trained captioner, by tools/fit_consensus.py; "
+                f"0 was expected, found {self.search.consensus:g}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config as nested dicts of plain values, as JSON and W&B take it."""
         return dataclasses.asdict(self)

@@ -8,6 +8,7 @@ say, runs that differ in their seed or learning rate. For others use caption_fol
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ def average_weights(models: Sequence[CaptioningModel]) -> CaptioningModel:
         for name, tensor in states[0].items()
     }
     first.load_state_dict(mean)
+    first.consensus, first.search = None, replace(first.search, consensus=0.0)  # not the mean's
     return first
 
 

@@ -26,6 +26,7 @@ from captioner.models.captioning_model import CaptioningModel, generate
 from captioner.models.checkpoint import load_checkpoint
 from captioner.models.inference_decoder import InferenceDecoder
 from captioner.models.inference_encoder import InferenceEncoder
+from captioner.search.consensus import NO_CONSENSUS, rerank, without_consensus
 from captioner.search.hypothesis import NO_PROBABILITIES, Hypothesis
 from captioner.search_config import changed_search
 
@@ -38,7 +39,8 @@ class Caption:
         text: The sentence.
         log_probability: The model's own, of its words and its end.
         score: What an image's captions are ranked by, samples too: log_probability / length **
-            length_penalty, where the length counts the words and the end.
+            length_penalty, where the length counts the words and the end, and what ``consensus``
+            adds.
         attention: What the decoder looked at for each word, and for the end: (T, H, W), where
             each (H, W) sums to 1 over the image's square. None unless asked for, and for a
             decoder without attention.
@@ -95,6 +97,8 @@ class Captioner:
             for number in set(self._cnn_of)
         }
         self.decoders = [InferenceDecoder(model.decoder, self.precision) for model in self.models]
+        consensus = self.model.consensus
+        self._consensus = consensus.to(self.device) if consensus else None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -234,8 +238,19 @@ class Captioner:
             features: As ``features`` gives them.
             search: How to search.
             keys: A number for each image, (B,), that its samples depend on.
+
+        Raises:
+            ConfigError: ``search.consensus`` is asked of a captioner without one.
         """
-        return generate(self.decoders, features, search, self.model.vocabulary, keys)
+        vocabulary = self.model.vocabulary
+        if not search.consensus:
+            return generate(self.decoders, features, search, vocabulary, keys)
+        if not self._consensus:
+            raise ConfigError(NO_CONSENSUS)
+        found = generate(self.decoders, features, without_consensus(search), vocabulary, keys)
+        with torch.inference_mode():
+            expected = self._consensus.expected(features[0]).cpu().numpy()
+        return rerank(found, expected, self._consensus.ngrams, search)
 
     def captions(
         self,
@@ -265,7 +280,7 @@ class Captioner:
                 Caption(
                     self.model.vocabulary.decode(each.token_ids),
                     each.log_probability,
-                    each.score(search.length_penalty),
+                    each.score(search.length_penalty, search.consensus),
                     None if maps is None else maps[image][place],
                 )
                 for place, each in enumerate(best)

@@ -22,6 +22,7 @@ from captioner.models.inference_encoder import FastCNN
 from captioner.runtime.exported import (
     ENCODER_FILE,
     EXPORT_FILE,
+    NGRAMS_FILE,
     STEP_FILE,
     VOCABULARY_FILE,
     ExportConfig,
@@ -37,18 +38,22 @@ LARGE_WEIGHT = 4096  # numbers; smaller weights stay as they are
 
 
 class _EncoderGraph(nn.Module):
-    """Pixels (B, 3, S, S), uint8, to the first state (B, 1, H) and the memory (B, …).
+    """Pixels (B, 3, S, S), uint8, to the first state (B, 1, H), the memory (B, …) and more.
 
-    Without the attributes' logits, which no step takes.
+    That is the n-grams that each image lets expect, (B, G), if the captioner has a consensus.
+    Attributes' logits are left out, which no step takes.
     """
 
     def __init__(self, model: CaptioningModel) -> None:
         super().__init__()
         self.cnn, self.decoder = FastCNN(model.encoder, torch.float32), model.decoder
+        self.consensus = model.consensus
 
-    def forward(self, pixels: Tensor) -> tuple[State, Memory]:
-        state, memory = self.decoder.init_state(self.cnn(pixels))
-        return state, memory[:-1] if self.decoder.attributes else memory
+    def forward(self, pixels: Tensor) -> tuple[State, Memory, Memory]:
+        features = self.cnn(pixels)
+        state, memory = self.decoder.init_state(features)
+        expected = (self.consensus.expected(features),) if self.consensus else ()
+        return state, memory[:-1] if self.decoder.attributes else memory, expected
 
 
 class _StepGraph(nn.Module):
@@ -96,6 +101,8 @@ def export_captioner(
                 _shrink(graph, precision)
             (folder / name).write_bytes(graph.SerializeToString())
         write_json(folder / VOCABULARY_FILE, list(model.vocabulary.words), indent=None)
+        if model.consensus:
+            write_json(folder / NGRAMS_FILE, model.consensus.ngrams.content(), indent=None)
         write_json(folder / EXPORT_FILE, dataclasses.asdict(config))
         write_checksums(folder)
 
@@ -117,8 +124,8 @@ def _export_encoder(model: CaptioningModel) -> tuple["ModelProto", State, Memory
     shapes = ({0: _dimension("images")},)
     # What decoders keep for the gradient of attention isn't in the exported program's memory.
     program = torch.export.export(_EncoderGraph(model), (pixels,), dynamic_shapes=shapes)
-    state, memory = program.module()(pixels)
-    names = [*_names("state", state), *_names("memory", memory)]
+    state, memory, expected = program.module()(pixels)
+    names = [*_names("state", state), *_names("memory", memory), *["expected"] * len(expected)]
     return _to_onnx(program, ["pixels"], names), state, memory
 
 

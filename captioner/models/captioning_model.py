@@ -10,6 +10,7 @@ from captioner.data.vocabulary import BOS, PAD, Vocabulary
 from captioner.device import autocast
 from captioner.errors import ConfigError, SearchError, did_you_mean
 from captioner.models.adaptive_attention import AdaptiveAttention
+from captioner.models.consensus import Consensus
 from captioner.models.decoder import Decoder
 from captioner.models.encoder import Encoder
 from captioner.models.inference_decoder import InferenceDecoder
@@ -55,6 +56,7 @@ class CaptioningModel(nn.Module):
         decoder: Settings of the decoder.
         vocabulary: Its words.
         search: How captions are searched for unless told otherwise.
+        consensus: What an image lets expect of its captions, if that was fitted.
     """
 
     def __init__(
@@ -63,11 +65,12 @@ class CaptioningModel(nn.Module):
         decoder: DecoderConfig,
         vocabulary: Vocabulary,
         search: SearchConfig,
+        consensus: Consensus | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = make_decoder(decoder, len(vocabulary), encoder.grid_shape[1])
-        self.vocabulary, self.search = vocabulary, search
+        self.vocabulary, self.search, self.consensus = vocabulary, search, consensus
 
     @property
     def device(self) -> torch.device:

@@ -1,9 +1,10 @@
 """Checkpoints: a captioning model in a directory that needs nothing beside it.
 
-    model.safetensors    weights of encoder and decoder
-    config.json          CNN, preprocessing, decoder and search settings, scores
-    vocabulary.json      the words in the order of their ids
-    SHA256SUMS           what these files were when they were saved (``captioner.checksums``)
+    model.safetensors        weights of encoder and decoder
+    config.json              CNN, preprocessing, decoder and search settings, scores
+    vocabulary.json          the words in the order of their ids
+    consensus.safetensors    what an image lets expect of its captions, if that was fitted
+    SHA256SUMS               what these files were when they were saved (``captioner.checksums``)
 
 Loading one reads tensors and JSON; it never runs code from it. It may come from a stranger: sizes
 are checked before anything of theirs is allocated. Whoever edits config.json, say the settings of
@@ -26,7 +27,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from captioner.checkpoint_directory import CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE
+from captioner.checkpoint_directory import (
+    CONFIG_FILE,
+    CONSENSUS_FILE,
+    VOCABULARY_FILE,
+    WEIGHTS_FILE,
+)
 from captioner.checksums import (
     CHECKSUMS_FILE,
     check_sha256,
@@ -41,6 +47,7 @@ from captioner.errors import CaptionerError, CheckpointError, ConfigError, name_
 from captioner.experiment_file import parse
 from captioner.files import error_naming, open_together, parse_json, write_json
 from captioner.models.captioning_model import CaptioningModel
+from captioner.models.consensus import Consensus
 from captioner.models.encoder import Encoder
 from captioner.models.weights import Unallocated, fill
 from captioner.version import __version__
@@ -52,6 +59,7 @@ FORMAT = 2  # 1: other names of the decoders' weights
 MOST_CONFIG_BYTES = 2**20
 MOST_VOCABULARY_BYTES = 2**25
 MOST_WORDS = 1_000_000
+MOST_CONSENSUS_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -95,13 +103,20 @@ def save_checkpoint(
         key: (tensor.to(dtype) if _is_large(tensor) else tensor).detach().contiguous()
         for key, tensor in model.state_dict().items()
     }
-    safetensors.torch.save_file(state, directory / WEIGHTS_FILE)
+    write_tensors(directory / WEIGHTS_FILE, state)
+    if model.consensus:
+        write_tensors(directory / CONSENSUS_FILE, model.consensus.tensors())
     write_json(directory / VOCABULARY_FILE, list(model.vocabulary.words), indent=None)
     cnn = model.encoder
     encoder = _EncoderContent(cnn.name, cnn.last_stage, cnn.preprocessing, cnn.padding)
     content = _Content(FORMAT, __version__, encoder, model.decoder.config, model.search, scores)
     write_json(directory / CONFIG_FILE, dataclasses.asdict(content))
     write_checksums(directory)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file that those may read who may read the others beside it."""
+    path.write_bytes(safetensors.torch.save(tensors))  # save_file lets nobody but the owner read
 
 
 def _is_large(weight: torch.Tensor) -> bool:
@@ -126,6 +141,7 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu") -
         check_sha256(sha256.result(), path, checksums)
         tensors = _read_tensors(files[WEIGHTS_FILE], path, content)
         model = _build_model(content, vocabulary, tensors, directory)
+        model.consensus = _read_consensus(files.get(CONSENSUS_FILE), directory, model, checksums)
     return model.to(device).eval()
 
 
@@ -133,7 +149,7 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu") -
 def _open_files(directory: Path) -> Iterator[dict[str, BinaryIO]]:
     names = (CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE)
     try:
-        files = open_together(directory, names, [CHECKSUMS_FILE], CheckpointError)
+        files = open_together(directory, names, [CHECKSUMS_FILE, CONSENSUS_FILE], CheckpointError)
     except CheckpointError:
         if os.path.isdir(directory):
             raise
@@ -242,6 +258,34 @@ def _build_model(
             f"{directory / WEIGHTS_FILE}: doesn't fit {CONFIG_FILE} ({part}: {_shortened(error)})"
         ) from None
     return model
+
+
+def _read_consensus(
+    file: BinaryIO | None, directory: Path, model: CaptioningModel, checksums: dict[str, str]
+) -> Consensus | None:
+    path = directory / CONSENSUS_FILE
+    if not file:
+        if model.search.consensus:
+            raise CheckpointError(
+                f"{directory / CONFIG_FILE}: search.consensus needs {path.name}, which is missing; "
+                "0 leaves it out"
+            )
+        return None
+    with error_naming(path, CheckpointError):
+        content = file.read(MOST_CONSENSUS_BYTES + 1)
+    if len(content) > MOST_CONSENSUS_BYTES:
+        raise CheckpointError(f"{path}: at most {MOST_CONSENSUS_BYTES:,} bytes were expected")
+    check_sha256(sha256_of(BytesIO(content)), path, checksums)
+    try:
+        consensus = Consensus.of_tensors(safetensors.torch.load(content))
+    except (SafetensorError, ValueError, KeyError, RuntimeError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: {_shortened(error)}; it has to be fitted again") from None
+    width = model.encoder.grid_shape[1]
+    if len(consensus.inner) != width:
+        raise CheckpointError(
+            f"{path}: {width} features were expected, found {len(consensus.inner)}"
+        )
+    return consensus
 
 
 def _shortened(error: Exception) -> str:

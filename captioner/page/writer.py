@@ -21,6 +21,7 @@ from captioner.runtime.beam_search import check_settings
 from captioner.runtime.exported import (
     ENCODER_FILE,
     EXPORT_FILE,
+    NGRAMS_FILE,
     STEP_FILE,
     VOCABULARY_FILE,
     ExportConfig,
@@ -79,7 +80,8 @@ def _constraints(exported: Path) -> Constraints:
 def _read_model(exported: Path) -> dict[str, bytes]:
     """Return an exported captioner's files, which are those that were written."""
     contents = {}
-    for name in MODEL_FILES:
+    has_ngrams = (exported / NGRAMS_FILE).exists()
+    for name in (*MODEL_FILES, *([NGRAMS_FILE] if has_ngrams else [])):
         with error_naming(exported / name, CheckpointError), open_regular(exported / name) as file:
             contents[name] = file.read()
     checksums = read_checksums(io.BytesIO(contents[CHECKSUMS_FILE]), exported)

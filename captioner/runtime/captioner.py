@@ -28,10 +28,12 @@ from captioner.runtime.beam_search import Arrays, beam_search, check_settings
 from captioner.runtime.exported import (
     ENCODER_FILE,
     EXPORT_FILE,
+    NGRAMS_FILE,
     STEP_FILE,
     VOCABULARY_FILE,
     ExportConfig,
 )
+from captioner.search.consensus import NO_CONSENSUS, Ngrams, rerank, without_consensus
 from captioner.search.hypothesis import NO_PROBABILITIES, Hypothesis
 from captioner.search.rules import Constraints
 from captioner.search_config import SearchConfig, changed_search
@@ -47,7 +49,8 @@ class OnnxCaption:
         text: The sentence.
         log_probability: The model's own, of its words and its end.
         score: What an image's captions are ranked by: log_probability / length **
-            length_penalty, where the length counts the words and the end.
+            length_penalty, where the length counts the words and the end, and what ``consensus``
+            adds.
         attention: What the decoder looked at for each word, and for the end: (T, H, W), where each
             (H, W) sums to 1 over the image's square. None unless asked for, and for a decoder
             without attention.
@@ -84,7 +87,9 @@ class OnnxCaptioner:
         self._step = _session(directory / STEP_FILE, contents[STEP_FILE], threads)
         outputs = [output.name for output in self._encoder.get_outputs()]
         self._states = sum(name.startswith("state_") for name in outputs)
+        self._memories = sum(name.startswith("memory_") for name in outputs)
         self._inputs = [entry.name for entry in self._step.get_inputs()]
+        self._ngrams = _read_ngrams(directory) if "expected" in outputs else None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -164,6 +169,8 @@ class OnnxCaptioner:
         """
         search = changed_search(self.config.search, settings)
         check_settings(search)
+        if search.consensus and not self._ngrams:
+            raise ConfigError(NO_CONSENSUS)
         return search
 
     def pixels(self, image: ImageLike, name: str = "the image") -> np.ndarray:
@@ -194,15 +201,21 @@ class OnnxCaptioner:
         """
         constraints = Constraints.from_config(search, self.vocabulary)
         outputs = self._encoder.run(None, {"pixels": pixels})
-        state, memory = tuple(outputs[: self._states]), tuple(outputs[self._states :])
-        found = beam_search(self._take_step, state, memory, search, constraints)
+        count = self._states + self._memories
+        state, memory = tuple(outputs[: self._states]), tuple(outputs[self._states : count])
+        if search.consensus and self._ngrams:
+            settings = without_consensus(search)
+            found = beam_search(self._take_step, state, memory, settings, constraints)
+            found = rerank(found, outputs[count], self._ngrams, search)
+        else:
+            found = beam_search(self._take_step, state, memory, search, constraints)
         maps = self._attention(found, state, memory) if attention and self.config.regions else None
         return [
             [
                 OnnxCaption(
                     self.vocabulary.decode(each.token_ids),
                     each.log_probability,
-                    each.score(search.length_penalty),
+                    each.score(search.length_penalty, search.consensus),
                     None if maps is None else maps[image][place],
                 )
                 for place, each in enumerate(best)
@@ -256,13 +269,25 @@ def _read_files(directory: Path) -> dict[str, bytes]:
         with open_regular(directory / CHECKSUMS_FILE) as file:
             checksums = read_checksums(file, directory)
         contents = {}
-        for name in (ENCODER_FILE, STEP_FILE, EXPORT_FILE, VOCABULARY_FILE):
+        for name in (ENCODER_FILE, STEP_FILE, EXPORT_FILE, VOCABULARY_FILE, NGRAMS_FILE):
+            if name == NGRAMS_FILE and not (directory / name).exists():
+                continue
             with open_regular(directory / name) as file:
                 contents[name] = file.read()
             check_sha256(hashlib.sha256(contents[name]).hexdigest(), directory / name, checksums)
     except OSError as error:
         raise CheckpointError(f"{error.filename or directory}: {error.strerror}") from None
     return contents
+
+
+def _read_ngrams(directory: Path) -> Ngrams:
+    path = directory / NGRAMS_FILE
+    try:
+        return Ngrams.of_content(read_json(path, CheckpointError))
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: not what captioner export wrote ({error}); export it again"
+        ) from None
 
 
 def _session(path: Path, content: bytes, threads: int) -> Any:

@@ -3,9 +3,12 @@
     encoder.onnx      pixels (B, 3, S, S), uint8, to the first state and the memory of each image
     step.onnx         the last tokens (B, K), state and memory, to log-probabilities (B, K, V), the
                       new state and, with attention, the weights of the regions (B, K, N)
+    ngrams.json       the n-grams that an image lets expect, for a captioner with a consensus
     export.json       preprocessing, search settings, precision
     vocabulary.json   the words in the order of their ids
     SHA256SUMS        what these files were when they were written
+
+With ``ngrams.json`` the encoder's last output is ``expected`` (B, G): see ``search.consensus``.
 
 A state is ``state_0``, … (B, K, H), and ``next_state_0``, … behind the step; the memory, which
 belongs to images, is ``memory_0``, … (B, …).
@@ -22,7 +25,8 @@ from captioner.search_config import SearchConfig
 
 ENCODER_FILE, STEP_FILE = "encoder.onnx", "step.onnx"
 EXPORT_FILE, VOCABULARY_FILE = "export.json", "vocabulary.json"
-FORMAT = 1
+NGRAMS_FILE = "ngrams.json"
+FORMAT = 2  # 1: none had ngrams.json
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,10 @@ class ExportConfig:
             )
         content = read_json(path, CheckpointError)
         try:
-            if content["format"] != FORMAT:
+            if content["format"] not in range(1, FORMAT + 1):
                 raise CheckpointError(
-                    f"{path}: format {FORMAT} was expected, found {content['format']}; export it "
-                    "again with this version of captioner"
+                    f"{path}: format {FORMAT} or earlier was expected, found {content['format']}; "
+                    "export it again with this version of captioner"
                 )
             parts = {
                 "preprocessing": Preprocessing(**_tuples(content["preprocessing"])),

@@ -18,16 +18,19 @@ class Hypothesis:
         log_probability: The model's own, of the words, and of EOS if it ended; whatever the search
             preferred or forbade.
         ended: Whether EOS follows; False only where the model gives EOS no probability.
+        agreement: See ``search.consensus``; 0 where it isn't asked for.
     """
 
     token_ids: list[int]
     log_probability: float
     ended: bool
+    agreement: float = 0.0
 
-    def score(self, length_penalty: float) -> float:
-        """Return what hypotheses are ranked by: log-probability / length ** ``length_penalty``.
+    def score(self, length_penalty: float, consensus: float = 0.0) -> float:
+        """Return what hypotheses are ranked by.
 
-        The length counts the words, and EOS where it follows.
+        It is log-probability / length ** ``length_penalty`` + ``consensus`` * agreement. The length
+        counts the words, and EOS where it follows.
         """
         length = max(1, len(self.token_ids) + self.ended)
-        return self.log_probability / length**length_penalty
+        return self.log_probability / length**length_penalty + consensus * self.agreement

@@ -104,6 +104,7 @@ def test_a_wrong_type_names_the_key_and_the_value(experiment, override, expected
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
+        ("search.consensus=1", "search.consensus: it is fitted to a trained captioner"),
         ("training.epochs=0", "training.epochs: at least 1 was expected, found 0"),
         ("training.learning_rate=0", "training.learning_rate: a number above 0 was expected"),
         ("training.learning_rate=nan", "found nan"),

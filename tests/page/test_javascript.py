@@ -15,6 +15,8 @@ from captioner.data.vocabulary import EOS, Vocabulary
 from captioner.page.writer import STATIC
 from captioner.runtime.beam_search import beam_search
 from captioner.runtime.captioner import to_pixels
+from captioner.search.consensus import Ngrams, rerank
+from captioner.search.hypothesis import Hypothesis
 from captioner.search.rules import Constraints
 from captioner.search_config import SearchConfig
 
@@ -97,7 +99,8 @@ def test_pixels_are_those_of_pillow(run_node, preprocessing):
 # --- search -----------------------------------------------------------------------------------
 
 SEARCH = """
-import { beamSearch, score } from "./beam_search.js";
+import { beamSearch } from "./beam_search.js";
+import { score } from "./consensus.js";
 const { table, cases } = value;
 // The state is the sum of the tokens so far, and the table's place follows from it.
 function step(tokens, [sums]) {
@@ -107,9 +110,9 @@ function step(tokens, [sums]) {
 }
 const found = [];
 for (const { settings, constraints } of cases) {
-  const penalty = settings.length_penalty, start = [new Float32Array(1)];
+  const start = [new Float32Array(1)];
   found.push(await beamSearch(step, start, settings, constraints).then(
-    (hypotheses) => hypotheses.map((each) => [each.tokens, each.total, score(each, penalty)]),
+    (hypotheses) => hypotheses.map((each) => [each.tokens, each.total, score(each, settings)]),
     (error) => error.message,
   ));
 }
@@ -158,6 +161,46 @@ def test_searches_find_what_python_finds(run_node):
         for (_, total, score), each in zip(ours, theirs, strict=True):
             assert total == pytest.approx(each.log_probability, rel=1e-6)
             assert score == pytest.approx(each.score(penalty), rel=1e-6)
+
+
+RERANK = """
+import { Ngrams, rerank, score } from "./consensus.js";
+const { content, settings, cases } = value;
+const ngrams = new Ngrams(content);
+const found = cases.map(({ hypotheses, expected }) =>
+  rerank(hypotheses, expected, ngrams, settings).map((each) => [each.tokens, score(each, settings)])
+);
+console.log(JSON.stringify(found));
+"""
+
+
+def test_a_consensus_ranks_as_in_python(run_node):
+    """Random captions and expectations, with n-grams that come twice and such as are unknown."""
+    random = np.random.default_rng(0)
+    ngrams = [random.integers(4, 9, order).tolist() for order in (1, 2, 3, 4) for _ in range(15)]
+    ngrams = [list(each) for each in dict.fromkeys(map(tuple, ngrams))]
+    content = {"token_ids": ngrams, "rarity": random.random(len(ngrams)).tolist(), "unseen": 2.5}
+    settings = SearchConfig(beam_size=6, n_best=3, consensus=1.5, length_penalty=0.6)
+    cases, expected = [], []
+    for _ in range(20):
+        rows = [
+            Hypothesis(random.integers(4, 9, length).tolist(), -random.random() * 3, length != 5)
+            for length in (0, 1, 3, 5, 9, 12)
+        ]
+        of_image = random.random(len(ngrams)).astype(np.float32)
+        (best,) = rerank([rows], of_image[None], Ngrams.of_content(content), settings)
+        score = [each.score(settings.length_penalty, settings.consensus) for each in best]
+        expected.append([each.token_ids for each in best] + score)
+        hypotheses = [
+            {"tokens": [*each.token_ids, *[EOS] * each.ended], "ended": each.ended}
+            | {"total": each.log_probability}
+            for each in rows
+        ]
+        cases.append({"hypotheses": hypotheses, "expected": of_image.tolist()})
+    value = {"content": content, "settings": dataclasses.asdict(settings), "cases": cases}
+    for ours, theirs in zip(run_node(RERANK, value), expected, strict=True):
+        assert [[token for token in tokens if token != EOS] for tokens, _ in ours] == theirs[:3]
+        assert [score for _, score in ours] == pytest.approx(theirs[3:], rel=1e-6)
 
 
 def test_nan_is_no_caption(run_node):

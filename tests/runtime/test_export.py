@@ -1,5 +1,7 @@
 """An exported captioner writes the captions of the checkpoint, whichever decoder it has."""
 
+import copy
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -13,10 +15,11 @@ from PIL import Image
 
 from captioner import Captioner
 from captioner.config import DecoderConfig, SearchConfig
-from captioner.errors import CheckpointError, UsageError
+from captioner.errors import CheckpointError, ConfigError, UsageError
 from captioner.inference.onnx_export import export_captioner
 from captioner.models.captioning_model import CaptioningModel
 from captioner.runtime import OnnxCaptioner
+from captioner.training.consensus import fit_consensus
 
 
 def small_model(tiny_model, drawn, kind, cell, **settings) -> CaptioningModel:
@@ -63,6 +66,51 @@ def test_captions_are_those_of_torch(kind, cell, tiny_model, drawn, tmp_path):
                 assert (one.attention is None) == (other.attention is None)
                 if one.attention is not None:
                     np.testing.assert_allclose(one.attention, other.attention.numpy(), atol=1e-5)
+
+
+def test_a_consensus_ranks_as_in_torch(tiny_model, drawn, tmp_path):
+    model = copy.copy(tiny_model)
+    captioner = Captioner(model, "cpu", "float32")
+    pixels = torch.stack([captioner.preprocessing.load(path) for path in drawn.paths])
+    features = captioner.features(pixels)[0].mean(1).numpy()
+    captions = [[text.split()] for text in drawn.captions.values()]
+    model.consensus = fit_consensus(features, captions, model.vocabulary, 50, 7)
+    model.search = dataclasses.replace(model.search, consensus=20.0)
+    captioner = Captioner(model, "cpu", "float32")
+    plain = [[each.text for each in best] for best in captioner.describe(drawn.paths, n_best=3)]
+    for precision in ("float32", "int8"):
+        export_captioner(model, tmp_path / precision, precision)
+        exported = OnnxCaptioner(tmp_path / precision, threads=1)
+        found = exported.describe(drawn.paths, n_best=3)
+        if precision == "float32":
+            assert [[each.text for each in best] for best in found] == plain
+        assert [best[0].text for best in found] == [best[0] for best in plain]
+        expected = captioner.describe(drawn.paths, n_best=3)
+        for ours, theirs in zip(found, expected, strict=True):
+            tolerance = 1e-3 if precision == "float32" else 1.0
+            assert ours[0].score == pytest.approx(theirs[0].score, abs=tolerance)
+        without = exported.describe(drawn.paths, n_best=3, consensus=0.0)
+        assert [each.text for best in without for each in best] != [
+            each.text for best in found for each in best
+        ]
+    (tmp_path / "int8/ngrams.json").write_text("{}")
+    (tmp_path / "int8/SHA256SUMS").write_text("")
+    with pytest.raises(CheckpointError, match=r"ngrams.json: not what captioner export wrote"):
+        OnnxCaptioner(tmp_path / "int8")
+
+
+def test_folders_of_the_first_format_are_read(exported, drawn, tmp_path):
+    folder = tmp_path / "older"
+    shutil.copytree(exported, folder)
+    content = json.loads((folder / "export.json").read_text())
+    content["format"] = 1
+    del content["search"]["consensus"]
+    (folder / "export.json").write_text(json.dumps(content))
+    (folder / "SHA256SUMS").write_text("")
+    captioner = OnnxCaptioner(folder)
+    assert captioner.caption(drawn.paths) == list(drawn.captions.values())
+    with pytest.raises(ConfigError, match=r"search.consensus: this captioner has none"):
+        captioner.caption(drawn.paths[0], consensus=1.0)
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +172,7 @@ def edited(folder, tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format 1 was expected, found 2"),
+        ({"format": 3}, "format 2 or earlier was expected, found 3"),
         ({"search": {"beam_size": 0}}, "beam_size"),
         ({"search": {"beams": 1}}, "not what captioner export wrote"),
         ({"regions": None, "more": 1}, "not what captioner export wrote"),

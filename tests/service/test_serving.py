@@ -213,6 +213,7 @@ def test_full_queue_cancelled_requests_and_an_orderly_end(small_service, drawn):
     small_service.health()  # so that those two have been let in
     small_service.process.terminate()
     wait_until(lambda: "stopping after what is in flight" in small_service.errors.read_text())
+    wait_until(lambda: small_service.ask("GET", "/health").status == 503)
     model.resume()
     late.sendall(request[-100:])
     texts = []

@@ -38,11 +38,6 @@ export async function beamSearch(step, state, settings, constraints) {
 
 const NO_PROBABILITIES = "the model gives NaN instead of probabilities; export it again as float32";
 
-/** Return a hypothesis' score: its log-probability / length ** penalty, the end counted. */
-export function score({ tokens, total }, penalty) {
-  return total / Math.max(1, tokens.length) ** penalty;
-}
-
 function lastToken({ tokens, ended }) {
   return ended ? PAD : (tokens.at(-1) ?? BOS);
 }

@@ -1,7 +1,8 @@
 /** An exported captioner: captioner/runtime/captioner.py in JavaScript, for one image at a time. */
 
 import * as ort from "./onnxruntime-web/ort.wasm.min.js";
-import { beamSearch, score } from "./beam_search.js";
+import { beamSearch } from "./beam_search.js";
+import { Ngrams, rerank, score, withoutConsensus } from "./consensus.js";
 import { BOS, EOS, PAD } from "./constraints.js";
 
 const GLUE = "./onnxruntime-web/ort-wasm-simd-threaded.js"; // between JavaScript and the wasm
@@ -16,12 +17,13 @@ export class ExportedCaptioner {
   #states; // how many arrays a state has
   #words;
   #constraints;
+  #ngrams; // null for a captioner without a consensus
 
   /**
    * Load the graphs.
    *
-   * @param model - `{encoder, step}`, ArrayBuffers; `{config, words, constraints}`: what is in
-   *   export.json and vocabulary.json, and page.json's constraints.
+   * @param model - `{encoder, step}`, ArrayBuffers; `{config, words, ngrams, constraints}`: what is
+   *   in export.json, vocabulary.json and, if it is there, ngrams.json, and page.json's constraints.
    * @param wasm - onnxruntime-web itself, an ArrayBuffer.
    * @param threads - That compute.
    */
@@ -33,6 +35,7 @@ export class ExportedCaptioner {
     captioner.config = model.config;
     captioner.#words = model.words;
     captioner.#constraints = model.constraints;
+    captioner.#ngrams = model.ngrams && new Ngrams(model.ngrams);
     captioner.#encoder = await ort.InferenceSession.create(model.encoder, SESSION_OPTIONS);
     captioner.#step = await ort.InferenceSession.create(model.step, SESSION_OPTIONS);
     const names = captioner.#encoder.outputNames;
@@ -53,18 +56,22 @@ export class ExportedCaptioner {
     const settings = { ...this.config.search, ...changes };
     const size = this.config.preprocessing.image_size;
     const input = new ort.Tensor("uint8", pixels, [1, 3, size, size]);
-    const outputs = Object.values(await this.#encoder.run({ pixels: input }));
+    const { expected, ...rest } = await this.#encoder.run({ pixels: input });
+    const outputs = Object.values(rest);
     const state = outputs.slice(0, this.#states).map((tensor) => tensor.data);
     const memory = outputs.slice(this.#states);
     const step = (tokens, parts) => this.#takeStep(tokens, parts, memory);
-    const hypotheses = await beamSearch(step, state, settings, this.#constraints);
+    const ngrams = settings.consensus && this.#ngrams;
+    const searched = ngrams ? withoutConsensus(settings) : settings;
+    let hypotheses = await beamSearch(step, state, searched, this.#constraints);
+    if (ngrams) hypotheses = rerank(hypotheses, expected.data, ngrams, settings);
     const attention = this.config.regions ? await this.#attention(hypotheses, state, memory) : null;
     return hypotheses.map((hypothesis, place) => ({
       text: words(hypothesis)
         .map((token) => this.#words[token])
         .join(" "),
       logProbability: hypothesis.total,
-      score: score(hypothesis, settings.length_penalty),
+      score: score(hypothesis, settings),
       attention: attention && attention[place],
     }));
   }

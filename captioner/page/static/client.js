@@ -52,14 +52,16 @@ export async function openCaptioner(progress = () => {}, threads = possibleThrea
   let done = 0;
   const get = (name) => fetchFile(name, (bytes) => progress((done += bytes), total));
   const buffers = LARGE_FILES.map(async (name) => (await get(name)).arrayBuffer());
-  const [config, words, encoder, step, wasm] = await Promise.all([
-    (await fetch("model/export.json")).json(),
-    (await fetch("model/vocabulary.json")).json(),
+  const read = async (name) => (name in page.files ? (await fetch(name)).json() : null);
+  const [config, words, ngrams, encoder, step, wasm] = await Promise.all([
+    read("model/export.json"),
+    read("model/vocabulary.json"),
+    read("model/ngrams.json"),
     ...buffers,
   ]);
   progress(total, total);
   const client = new Client(await startWorker());
-  const model = { encoder, step, config, words, constraints: page.constraints };
+  const model = { encoder, step, config, words, ngrams, constraints: page.constraints };
   await client.ask("open", { model, wasm, threads }, [encoder, step, wasm]);
   client.config = config;
   client.threads = threads;
