@@ -111,7 +111,13 @@ class ModelProcess:
 
     def wait_until_ready(self) -> None:
         """Wait until it has loaded the checkpoint; raise what kept it from that."""
-        error = pickle.loads(self._worker.connection.recv_bytes())
+        try:
+            error = pickle.loads(self._worker.connection.recv_bytes())
+        except EOFError:
+            raise CaptionerError(
+                "the model's process was ended while it started, perhaps for want of memory: take "
+                "fewer (--models 1)"
+            ) from None
         if error:
             raise error
 
