@@ -47,12 +47,12 @@ def fit_consensus(
     places = {ngram: place for place, ngram in enumerate(kept)}
     mean = features.mean(0, dtype=np.float64)
     centred = features - mean
-    product = np.zeros((features.shape[1], len(kept)))
+    product = np.zeros((len(kept), features.shape[1]))
     bias = np.zeros(len(kept))
     rows = list(zip(centred, captions, strict=True))
     for row, of_image in progress_iter(rows, "counting n-grams", len(rows), "image"):
         numbers, values = _target(of_image, places, frequencies)
-        product[:, numbers] += row[:, None] * values
+        product[numbers] += values[:, None] * row
         bias[numbers] += values / len(rows)
     inner, outer = _reduced_rank(centred.T @ centred, product, ridge, rank)
     ids = np.full((len(kept), ORDERS), -1, dtype=np.int32)
@@ -102,14 +102,16 @@ def _reduced_rank(
 
     Args:
         gram: Features times features, (D, D).
-        product: Features times targets, (D, G).
+        product: Targets times features, (G, D).
         ridge: See ``fit_consensus``.
         rank: R.
     """
     shift = ridge * np.trace(gram) / len(gram) + 1e-12
-    matrix = np.linalg.solve(gram + shift * np.eye(len(gram)), product)
+    matrix = np.linalg.solve(gram + shift * np.eye(len(gram)), product.T)
     values, vectors = np.linalg.eigh(gram)
-    root = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
-    _, _, directions = np.linalg.svd(root @ matrix, full_matrices=False)  # of what is predicted
-    outer = directions[:rank].T
+    predicted = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T @ matrix
+    # Its right singular vectors, by the smaller of its two squares.
+    squares, left = np.linalg.eigh(predicted @ predicted.T)
+    kept = np.flatnonzero(squares >= 1e-12 * squares[-1])[::-1][:rank]
+    outer = predicted.T @ (left[:, kept] / np.sqrt(np.maximum(squares[kept], 1e-300)))
     return matrix @ outer, outer
