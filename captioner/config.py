@@ -196,8 +196,10 @@ class DecoderConfig:
         attention_heads: Attention with so many score vectors, each for its share of the context.
         feature_size: Width to which region features are projected once per image; 0 keeps the
             CNN's own width (adaptive_attention always projects to ``hidden_size``).
-        embedding_scale: Word vectors begin uniformly between this and its negative.
-        feature_norm: Normalise the features of each region as they come in (Ba et al. 2016).
+        embedding_scale: Word vectors begin uniformly between this and its negative. Decoders with
+            attention end best with 0.1, Show and Tell with 1 (experiments/LOG.md).
+        feature_norm: Normalise the features of each region as they come in (Ba et al. 2016). It
+            helps Show and Tell much, and attention to a quicker start.
         output_norm: Normalise the recurrent state that a word is predicted from.
         tie_output: The output layer's weights are the word vectors (Press and Wolf 2017).
         dropout: Share of units dropped before, between and after the recurrent layers.

@@ -449,6 +449,7 @@ from pathlib import Path
 from captioner import Captioner
 from captioner.data.listing import find_images
 from captioner.inference.folder import caption_files
+from captioner.memory import give_back_freed_memory
 
 resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))  # a limit, if not yet one to be met
 images = find_images(sys.argv[2])
@@ -457,6 +458,7 @@ search = captioner.search(beam_size=8000)
 # All libraries are loaded and ready, and the CNN has met such batches.
 caption_files(captioner, images, captioner.search(beam_size=1), len(images), workers=0)
 caption_files(captioner, images[:1], search, 1, workers=0)
+give_back_freed_memory()  # how much of it is kept differs from run to run
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
