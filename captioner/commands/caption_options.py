@@ -198,6 +198,11 @@ def _add_machine_settings(parser: argparse.ArgumentParser) -> None:
         help="auto is onnx (onnxruntime, without torch) where the captioner is a folder that "
         "captioner export wrote",
     )
+    add_device_options(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of where and how precisely a captioner computes."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
         "--precision",

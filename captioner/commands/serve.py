@@ -30,6 +30,7 @@ from pathlib import Path
 
 from captioner.checkpoint_directory import default_checkpoint, find_checkpoint
 from captioner.cli import HelpFormatter, Parser, command
+from captioner.commands.caption_options import add_device_options
 from captioner.errors import UsageError
 from captioner.experiment_file import attribute_docs
 from captioner.files import read_text
@@ -56,13 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"API keys, one a line; or one in the environment variable {KEY_VARIABLE}",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument(
-        "--precision",
-        default="auto",
-        choices=["auto", "bfloat16", "float32"],
-        help="auto is bfloat16 where the device computes in it",
-    )
+    add_device_options(parser)
     group = parser.add_argument_group("limits")
     explained = attribute_docs(ServiceConfig)
     for field in dataclasses.fields(ServiceConfig):

@@ -278,7 +278,7 @@ def _read_consensus(
     check_sha256(sha256_of(BytesIO(content)), path, checksums)
     try:
         consensus = Consensus.of_tensors(safetensors.torch.load(content))
-    except (SafetensorError, ValueError, KeyError, RuntimeError, CheckpointError) as error:
+    except (SafetensorError, ValueError, TypeError, RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {_shortened(error)}; it has to be fitted again") from None
     width = model.encoder.grid_shape[1]
     if len(consensus.inner) != width:

@@ -89,7 +89,10 @@ class OnnxCaptioner:
         self._states = sum(name.startswith("state_") for name in outputs)
         self._memories = sum(name.startswith("memory_") for name in outputs)
         self._inputs = [entry.name for entry in self._step.get_inputs()]
-        self._ngrams = _read_ngrams(directory) if "expected" in outputs else None
+        shapes = {output.name: output.shape for output in self._encoder.get_outputs()}
+        self._ngrams = (
+            _read_ngrams(directory, shapes["expected"][1]) if "expected" in shapes else None
+        )
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -280,11 +283,14 @@ def _read_files(directory: Path) -> dict[str, bytes]:
     return contents
 
 
-def _read_ngrams(directory: Path) -> Ngrams:
+def _read_ngrams(directory: Path, count: int) -> Ngrams:
     path = directory / NGRAMS_FILE
     try:
-        return Ngrams.of_content(read_json(path, CheckpointError))
-    except (TypeError, ValueError, KeyError) as error:
+        ngrams = Ngrams.of_content(read_json(path, CheckpointError))
+        if len(ngrams.rarity) != count:
+            raise ValueError(f"{count} n-grams were expected, found {len(ngrams.rarity)}")
+        return ngrams
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: not what captioner export wrote ({error}); export it again"
         ) from None

@@ -93,10 +93,19 @@ def test_a_consensus_ranks_as_in_torch(tiny_model, drawn, tmp_path):
         assert [each.text for best in without for each in best] != [
             each.text for best in found for each in best
         ]
-    (tmp_path / "int8/ngrams.json").write_text("{}")
+    path = tmp_path / "int8/ngrams.json"
     (tmp_path / "int8/SHA256SUMS").write_text("")
-    with pytest.raises(CheckpointError, match=r"ngrams.json: not what captioner export wrote"):
-        OnnxCaptioner(tmp_path / "int8")
+    whole = json.loads(path.read_text())
+    for damaged in (
+        {},
+        [],
+        whole | {"token_ids": whole["token_ids"][:-1], "rarity": whole["rarity"][:-1]},
+        whole | {"token_ids": [[2**40]] * len(whole["rarity"])},
+        whole | {"token_ids": [[1, 2, 3, 4, 5]] * len(whole["rarity"])},
+    ):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match=r"ngrams.json: not what captioner export"):
+            OnnxCaptioner(tmp_path / "int8")
 
 
 def test_folders_of_the_first_format_are_read(exported, drawn, tmp_path):
