@@ -9,20 +9,29 @@ expectation: for each of many n-grams how much of it captions of the image shoul
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from captioner.search.hypothesis import Hypothesis
 from captioner.search_config import SearchConfig
 
+T = TypeVar("T")
+
 ORDERS = 4
 NO_CONSENSUS = (
     "search.consensus: this captioner has none; tools/fit_consensus.py fits it, 0 leaves it out"
 )
+
+
+def count_ngrams(words: Sequence[T]) -> Iterator[Counter[tuple[T, ...]]]:
+    """Yield for each order how often a caption's n-grams occur in it."""
+    for order in range(1, ORDERS + 1):
+        starts = range(len(words) - order + 1)
+        yield Counter(tuple(words[start : start + order]) for start in starts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +87,7 @@ class Ngrams:
             expected: (G,), of each n-gram.
         """
         total = 0.0
-        for order in range(1, ORDERS + 1):
-            starts = range(len(token_ids) - order + 1)
-            counts = Counter(tuple(token_ids[start : start + order]) for start in starts)
+        for counts in count_ngrams(token_ids):
             product = squares = 0.0
             for ngram, count in counts.items():
                 place = self._places.get(ngram)

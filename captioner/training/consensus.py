@@ -17,7 +17,7 @@ from captioner.data.vocabulary import Vocabulary
 from captioner.metrics.cider import DocumentFrequencies
 from captioner.models.consensus import Consensus
 from captioner.progress import progress_iter
-from captioner.search.consensus import ORDERS, Ngrams
+from captioner.search.consensus import ORDERS, Ngrams, count_ngrams
 
 Captions = Sequence[Sequence[str]]  # an image's, in words
 
@@ -81,9 +81,7 @@ def _target(
     """Return an image's target: the n-grams that aren't 0, and their values."""
     target: Counter[int] = Counter()
     for words in captions:
-        for order in range(1, ORDERS + 1):
-            starts = range(len(words) - order + 1)
-            counts = Counter(tuple(words[start : start + order]) for start in starts)
+        for counts in count_ngrams(words):
             weights = {
                 ngram: count * math.log(frequencies.images / frequencies.counts[" ".join(ngram)])
                 for ngram, count in counts.items()
